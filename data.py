@@ -1,0 +1,360 @@
+"""Everything that touches the disk: data sets, their split into tasks, pictures to tensors, and run folders.
+
+Data sets (section 4 of the paper): Split-CIFAR100 and Split-TinyImageNet, and `glyphs`, drawn here from a seed, so that
+every command runs with nothing to download.
+
+    python data.py --dataset glyphs      # a sheet of samples, one row a class: glyphs.png
+"""
+import argparse
+import codecs
+import json
+import os
+import pickle
+import shutil
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.datasets import CIFAR100
+from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.io import ImageReadMode, decode_image, write_png
+from torchvision.transforms import v2
+from torchvision.utils import make_grid
+
+
+class Images(NamedTuple):
+    """One half (train or test) of a data set."""
+    images: torch.Tensor         # uint8 (N, 3, h, w), RGB
+    labels: torch.Tensor         # int64 (N,), index into classes
+    classes: list                # names
+
+
+# ---- data sets ---------------------------------------------------------------------------------------------------------
+
+def load(name, data_dir):
+    """(train, test) of the data set `name`, both Images; downloaded into data_dir where it is not there yet.
+
+    Raises ValueError for an unknown name or a broken file, FileNotFoundError for what is missing and cannot be fetched.
+    """
+    if name not in LOADERS:
+        raise ValueError(f"unknown dataset '{name}': choose one of {', '.join(LOADERS)}")
+    halves = LOADERS[name](Path(data_dir))
+    for half, content in zip(("train", "test"), halves):
+        counts = content.labels.bincount(minlength=len(content.classes))
+        if counts.min() == 0:
+            raise ValueError(f"{name} in {data_dir}: no {half} image of class '{content.classes[counts.argmin()]}'")
+    return halves
+
+
+def fetch(url, md5, folder):
+    """Downloads an archive and unpacks it beside `folder`, which appears only when it is complete."""
+    scratch = folder.parent / f".unpacking-{folder.name}"
+    try:
+        download_and_extract_archive(url, folder.parent, scratch, md5=md5)
+        os.replace(scratch / folder.name, folder)
+    except (OSError, RuntimeError) as error:     # no network, a broken download, a full disk
+        raise FileNotFoundError(f"cannot fetch {url} ({error}): download {Path(url).name} (md5 {md5}) by hand "
+                                f"and unpack it so that {folder} is there") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def cifar100(data_dir):
+    """CIFAR-100 (Krizhevsky, 2009): 100 classes, 32 x 32 pixels, 500 train and 100 test images each."""
+    folder = data_dir / CIFAR100.base_folder
+    if not folder.is_dir():
+        fetch(CIFAR100.url, CIFAR100.tgz_md5, folder)
+    classes = read_arrays(folder / "meta")["fine_label_names"]
+    return tuple(cifar100_half(folder / half, classes) for half in ("train", "test"))
+
+
+def cifar100_half(path, classes):
+    content = read_arrays(path)
+    pixels, labels = np.asarray(content["data"]), np.asarray(content["fine_labels"])
+    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3 * 32 * 32):
+        raise ValueError(f"{path}: expected uint8 pixels ({len(labels)}, 3072), found {pixels.dtype} {pixels.shape}")
+    if labels.min(initial=0) < 0 or labels.max(initial=0) >= len(classes):
+        raise ValueError(f"{path}: labels reach from {labels.min()} to {labels.max()}, classes are 0 to {len(classes) - 1}")
+    return Images(torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), torch.from_numpy(labels.astype(np.int64)), classes)
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """CIFAR-100 comes as pickles. This reader admits numpy arrays in them and no other object, so no code can run."""
+    ADMITTED = {"_reconstruct": np.empty(0).__reduce__()[0], "_frombuffer": np.empty(0).__reduce_ex__(5)[0],
+                "ndarray": np.ndarray, "dtype": np.dtype, "encode": codecs.encode}
+
+    def find_class(self, module, name):
+        if module.split(".")[0] not in ("numpy", "_codecs") or name not in self.ADMITTED:
+            raise pickle.UnpicklingError(f"it holds a {module}.{name}")
+        return self.ADMITTED[name]
+
+
+def read_arrays(path):
+    """The dictionary in one of CIFAR-100's files."""
+    try:
+        with open(path, "rb") as file:
+            return ArrayUnpickler(file, encoding="latin1").load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: remove {path.parent} to fetch the data set again") from None
+    except OSError:
+        raise
+    except Exception as error:                   # broken bytes make a pickle raise almost anything
+        raise ValueError(f"{path} is not a whole CIFAR-100 file ({error}): fetch the data set again") from None
+
+
+def tiny_imagenet(data_dir):
+    """TinyImageNet-200 (Le & Yang, 2015): 64 x 64 pixels, 500 train images a class, 50 val images a class as test.
+
+    The first call decodes 110,000 JPEG files and keeps them as one tensor file; later calls map that file into memory.
+    """
+    cache = data_dir / "tiny-imagenet-200.pt"
+    if not cache.exists():
+        save_tensors(cache, decode_tiny_imagenet(data_dir / "tiny-imagenet-200"))
+    content = load_tensors(cache, mmap=True)
+    return tuple(Images(content[f"{half}_images"], content[f"{half}_labels"], content["classes"])
+                 for half in ("train", "val"))
+
+
+def decode_tiny_imagenet(folder, n_classes=200, n_train=500, n_val=50):
+    """The content of the official folder as a dictionary of tensors; the counts are what it must hold."""
+    if not folder.is_dir():
+        fetch("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", folder)
+    wnids = read_lines(folder / "wnids.txt")
+    names = dict(line.split("\t", 1) for line in read_lines(folder / "words.txt"))
+    paths = [sorted((folder / "train" / wnid / "images").glob("*.JPEG")) for wnid in wnids]
+    train = [(path, label) for label, class_paths in enumerate(paths) for path in class_paths]
+    # The val pictures all lie in one folder: only the annotations say which class each belongs to.
+    rows = [line.split("\t")[:2] for line in read_lines(folder / "val" / "val_annotations.txt")]
+    val = sorted((folder / "val" / "images" / file, wnids.index(wnid)) for file, wnid in rows)
+    content = {"classes": [names[wnid].split(",")[0] for wnid in wnids]}
+    for half, pairs, each in (("train", train, n_train), ("val", val, n_val)):
+        labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
+        counts = labels.bincount(minlength=n_classes).tolist()
+        if counts != [each] * n_classes:
+            raise ValueError(f"{folder / half}: expected {each} images in each of {n_classes} classes, found "
+                             f"{min(counts)} to {max(counts)} in {len(counts)}: unpack the archive again")
+        with ThreadPoolExecutor() as pool:
+            images = list(progress(pool.map(read_picture, [path for path, _ in pairs]), len(pairs), f"decoding {half}"))
+        content |= {f"{half}_images": torch.stack(images), f"{half}_labels": labels}
+    return content
+
+
+def read_lines(path):
+    try:
+        return path.read_text().splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: unpack the archive again") from None
+
+
+# ---- glyphs ------------------------------------------------------------------------------------------------------------
+
+def glyphs(data_dir, n_train=22, n_test=8):
+    """100 classes of 64 x 64 pictures drawn with numpy: a class is a fixed figure of two strokes and their mirror images
+    (so that a flip keeps the class); every sample has its own affine jitter, thickness, colours, clutter and noise.
+    data_dir is not used."""
+    halves = []
+    for half, n in enumerate((n_train, n_test)):
+        images = torch.cat([torch.from_numpy(draw_class(label, half, n)) for label in range(100)])
+        halves.append(Images(images, torch.arange(100).repeat_interleave(n), [f"glyph {i:02d}" for i in range(100)]))
+    return tuple(halves)
+
+
+def draw_class(label, half, n):
+    """n samples of a class, uint8 (n, 3, 64, 64); half: 0 for training, 1 for test."""
+    figure = random_strokes(np.random.default_rng([0, label]), 2)                                # (2, 2, 2)
+    figure = np.concatenate([figure, figure * (-1, 1)]).astype(np.float32)                       # (4, 2, 2)
+    rng = np.random.default_rng([1 + half, label])
+    angle, scale, shear, dx, dy = rng.uniform((-0.15, 1.0, -0.1, -0.1, -0.1), (0.15, 1.15, 0.1, 0.1, 0.1), (n, 5)).T[..., None]
+    y, x = np.mgrid[-1:1:64j, -1:1:64j].reshape(2, 1, -1).astype(np.float32)                     # (1, 4096) each
+    u = scale * (np.cos(angle) * x - np.sin(angle) * y) + dx                                     # (n, 4096)
+    v = scale * (np.sin(angle) * x + np.cos(angle) * y) + dy + shear * u
+    ink = coverage(u, v, figure[:, None], rng.uniform(0.08, 0.13, (n, 1)))                       # (n, 4096)
+    clutter = [1.3 * random_strokes(rng, n) for _ in range(3)]                                   # 3 of (n, 2, 2)
+    dirt = 0.5 * coverage(x, y, clutter, rng.uniform(0.02, 0.05, (n, 1)))
+    paper, other, pen = (rng.uniform(*interval, (n, 3, 1)) for interval in ((0, 0.4), (0, 1), (0.6, 1)))
+    picture = paper + dirt[:, None] * (other - paper)                                            # (n, 3, 4096)
+    picture += ink[:, None] * (pen - picture)
+    picture += 0.05 * rng.standard_normal(picture.shape, np.float32)
+    return (picture.clip(0, 1) * 255).astype(np.uint8).reshape(n, 3, 64, 64)
+
+
+def random_strokes(rng, n):
+    """n segments (n, 2, 2) between different points of a 4 x 4 grid in [-0.75, 0.75]^2."""
+    ends = np.array([rng.choice(16, 2, replace=False) for _ in range(n)])
+    return (np.stack([ends % 4, ends // 4], -1) * 0.5 - 0.75).astype(np.float32)
+
+
+def coverage(x, y, strokes, thickness):
+    """How much each point (n, p) is covered, in [0, 1], by the nearest of several strokes (1 or n, 2, 2) of a thickness (n, 1)."""
+    nearest = np.inf                                                                             # squared distance
+    for stroke in strokes:
+        (ax, ay), (bx, by) = stroke.transpose(1, 2, 0)[..., None]                                # (1 or n, 1) each
+        dx, dy, px, py = bx - ax, by - ay, x - ax, y - ay
+        t = ((px * dx + py * dy) / (dx * dx + dy * dy)).clip(0, 1)                               # foot of the perpendicular
+        nearest = np.minimum(nearest, (px - t * dx) ** 2 + (py - t * dy) ** 2)
+    return ((thickness - np.sqrt(nearest)) / 0.03 + 0.5).clip(0, 1).astype(np.float32)
+
+
+LOADERS = {"glyphs": glyphs, "cifar100": cifar100, "tinyimagenet": tiny_imagenet}
+
+
+# ---- tasks and pictures --------------------------------------------------------------------------------------------------
+
+def split(n_classes, splits, seed):
+    """The classes of each task: a list of `splits` lists of n_classes / splits indices, in an order drawn from the seed."""
+    if splits < 1 or n_classes % splits:
+        divisors = [d for d in range(1, n_classes + 1) if n_classes % d == 0]
+        raise ValueError(f"{splits} splits do not divide {n_classes} classes: choose one of {divisors}")
+    order = np.random.default_rng(seed).permutation(n_classes)
+    return order.reshape(splits, -1).tolist()
+
+
+def task(half, classes):
+    """D_t: the images of these classes (n, 3, h, w) and their labels (n,) as positions in `classes`."""
+    positions = torch.full((len(half.classes),), -1)
+    positions[classes] = torch.arange(len(classes))
+    labels = positions[half.labels]
+    return half.images[labels >= 0], labels[labels >= 0]
+
+
+def generator(*seed):
+    """A torch generator on the CPU that depends on nothing but these numbers: generator(seed, t) is task t's own."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+
+
+def prepare(images, vit, flip=None):
+    """uint8 images (B, 3, h, w) -> the input of `vit` (B, 3, s, s), on the images' device; flip: bool (B,) mirrors some."""
+    x = images.float() / 255
+    if flip is not None:
+        x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+    if x.shape[-2:] != (vit.image_size, vit.image_size):
+        x = F.interpolate(x, (vit.image_size, vit.image_size), mode="bicubic", antialias=True).clamp(0, 1)
+    return (x - vit.mean) / vit.std
+
+
+def read_picture(path):
+    """A picture file of any size and mode as uint8 (3, h, w): upright, RGB, the first frame of several."""
+    try:
+        content = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
+        picture = decode_image(content, ImageReadMode.RGB, apply_exif_orientation=True)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {str(error).splitlines()[0]}") from None
+    return v2.functional.to_dtype(picture[0] if picture.ndim == 4 else picture, torch.uint8, scale=True)
+
+
+def square(picture):
+    """The central square (3, s, s) of a picture (3, h, w)."""
+    return v2.functional.center_crop(picture, min(picture.shape[1:]))
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------
+
+def atomically(path, write):
+    """Calls write(scratch path), then renames: a file named `path` is either whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(scratch)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def save_tensors(path, content):
+    """A dictionary of tensors, numbers and strings, written atomically."""
+    atomically(path, lambda scratch: torch.save(content, scratch))
+
+
+def load_tensors(path, mmap=None):
+    """What save_tensors wrote, on the CPU, without executing pickles. Raises ValueError for a damaged file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError:
+        raise
+    except Exception:                            # bytes that are no PyTorch file make torch.load raise almost anything
+        raise ValueError(f"{path} is damaged: remove it and run the command again") from None
+
+
+def save_json(path, content):
+    """A dictionary as JSON, one line a key, written atomically."""
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+    atomically(path, lambda scratch: scratch.write_text(f"{{\n{lines}\n}}\n"))
+
+
+def load_json(path):
+    """What save_json wrote. Raises ValueError for a damaged file."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is damaged: remove it and run the command again") from None
+
+
+def checksum(*tensors):
+    """CRC-32 of the tensors' bytes, as text: tells one data set or set of weights from another."""
+    crc = 0
+    for tensor in tensors:
+        crc = zlib.crc32(tensor.contiguous().numpy(), crc)
+    return f"{crc:08x}"
+
+
+def open_run(folder, config):
+    """Makes a run folder, or continues one that was made with the same config. Raises ValueError naming what differs."""
+    path = folder / "config.json"
+    if not path.exists():
+        save_json(path, config)
+    found = load_json(path)
+    for key in config:
+        if found.get(key) != config[key]:
+            raise ValueError(f"{folder} was made with {key} {found.get(key)}, this command has {key} {config[key]}: "
+                             "repeat the earlier setting or name another folder with --out")
+
+
+# ---- command line ------------------------------------------------------------------------------------------------------
+
+def progress(items, total, label):
+    """Passes items on and draws a bar on the terminal meanwhile."""
+    for i, item in enumerate(items, 1):
+        if sys.stderr.isatty() and (i == total or i % max(1, total // 50) == 0):
+            print(f"\r{label} [{'#' * (40 * i // total):40}] {i}/{total}", end="\n" if i == total else "", file=sys.stderr)
+        yield item
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def run_command(main):
+    """Calls main(); an error of the user's ends in one line and exit code 2, Ctrl-C in one line and 130."""
+    script = Path(sys.argv[0]).name
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(print(f"{script}: error: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print(f"\n{script}: stopped; finished tasks are kept, the same command goes on", file=sys.stderr) or 130)
+
+
+def main():
+    """Draws a sheet of samples of a data set."""
+    parser = Parser(description="Draw a sheet of samples, one row a class.", epilog="example: python data.py --dataset glyphs")
+    parser.add_argument("--dataset", choices=LOADERS, default="glyphs")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--out", type=Path, help="PNG file (default: <dataset>.png)")
+    args = parser.parse_args()
+    train, _ = load(args.dataset, args.data_dir)
+    rows = [task(train, [label])[0][:12] for label in range(0, len(train.classes), len(train.classes) // 12)]
+    out = args.out or Path(f"{args.dataset}.png")
+    atomically(out, lambda scratch: write_png(make_grid(torch.cat(rows), nrow=12), str(scratch)))
+    print(f"{out}: 12 samples of {len(rows)} of {len(train.classes)} classes")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,61 @@
+"""Modern Hopfield network (Ramsauer et al., arXiv 2008.02217) as a memory of modulations (paper, section 3.1).
+
+    write:  K and V gain the columns k_t and theta_t / k_t
+    read:   theta_hat = k + V softmax(beta K^T k)            (+ is concatenation)
+
+With a large beta the softmax is one-hot and the read is exact; with a small one it blends all that was written.
+"""
+import torch
+
+
+class Hopfield:
+    """beta: inverse temperature of the softmax; the paper uses 25 throughout."""
+
+    def __init__(self, beta=25.0):
+        if not beta >= 0:
+            raise ValueError(f"beta is {beta}: it must be a number >= 0")
+        self.beta, self.K, self.V = beta, None, None                         # K: (|k|, T), V: (P - |k|, T)
+
+    def write(self, key, value):
+        """Stores key k_t (|k|,) with value theta_t / k_t (P - |k|,), both floating point and finite.
+
+        Raises ValueError if not, or if the lengths differ from those stored so far; the memory is then unchanged.
+        """
+        for name, new, stored in (("key", key, self.K), ("value", value, self.V)):
+            if new.ndim != 1 or not new.is_floating_point() or not new.isfinite().all():
+                raise ValueError(f"the {name} must be a vector of finite floating point numbers")
+            if stored is not None and len(new) != len(stored):
+                raise ValueError(f"the {name} has {len(new)} elements, those stored have {len(stored)}")
+        first = self.K is None
+        self.K = key[:, None].clone() if first else torch.cat([self.K, key[:, None]], dim=1)
+        self.V = value[:, None].clone() if first else torch.cat([self.V, value[:, None]], dim=1)
+
+    def attention(self, key):
+        """softmax(beta K^T k): the weight of each stored item, (T,) for a key (|k|,), (n, T) for keys (n, |k|).
+
+        In float64: TF32 never touches such a product, whatever torch.backends says, and float32 items stay exact.
+        Raises ValueError for an empty memory or a key of another length.
+        """
+        if self.K is None:
+            raise ValueError("the memory is empty: write to it first")
+        if key.shape[-1] != len(self.K):
+            raise ValueError(f"the key has {key.shape[-1]} elements, those stored have {len(self.K)}")
+        return torch.softmax(self.beta * (key.double() @ self.K.double()), dim=-1)
+
+    def read(self, key):
+        """theta_hat (P,) for a key (|k|,), or (n, P) for keys (n, |k|), in the dtype of the key."""
+        value = self.attention(key) @ self.V.double().T                      # (..., P - |k|)
+        return torch.cat([key, value.to(key.dtype)], dim=-1)                 # (..., P)
+
+    def state_dict(self):
+        """Everything stored, as plain tensors and numbers."""
+        return {"beta": self.beta, "K": self.K, "V": self.V}
+
+    def load_state_dict(self, state):
+        """Takes over what state_dict gave."""
+        self.beta, self.K, self.V = state["beta"], state["K"], state["V"]
+
+    @property
+    def nbytes(self):
+        """Size of K and V in bytes."""
+        return 0 if self.K is None else self.K.nbytes + self.V.nbytes

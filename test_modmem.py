@@ -1,0 +1,591 @@
+"""Every hand-written part against an independent oracle; the algorithms on problems with known answers; errors.
+
+    python -m pytest -q
+"""
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from torchvision.io import write_jpeg, write_png
+from torchvision.transforms import v2
+
+import data
+import evaluate
+import hopfield
+import lora
+import til
+import vit as substrate
+
+HERE = Path(__file__).parent
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def tiny():
+    """The shipped substrate at 16 x 16 pixels: four patches, so that every test is quick."""
+    return substrate.load("vit_tiny", image_size=16)
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory):
+    """A small CIFAR-100 in its own on-disk format: 100 classes of a colour each, 6 train and 2 test images a class."""
+    folder = tmp_path_factory.mktemp("data") / "cifar-100-python"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    colours = rng.integers(30, 226, (100, 3, 1))
+    for half, n in (("train", 6), ("test", 2)):
+        labels = np.arange(100).repeat(n)
+        pixels = (colours[labels] + rng.integers(-25, 26, (len(labels), 3, 1024))).astype(np.uint8).reshape(-1, 3072)
+        content = {"data": pixels, "fine_labels": labels.tolist(), "filenames": ["x"] * len(labels)}
+        (folder / half).write_bytes(pickle.dumps(content, protocol=2))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"colour {i}" for i in range(100)]}, protocol=2))
+    return folder.parent
+
+
+def command(main, monkeypatch, capsys, *words):
+    """Calls a script's main with a command line: (exit code, standard output, standard error)."""
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+    code = 0
+    try:
+        data.run_command(main)
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+# ---- vit.py --------------------------------------------------------------------------------------------------------------
+
+def test_vit_b_16_equals_torchvision(tmp_path):
+    theirs = torchvision.models.vit_b_16(weights=None).eval()
+    for i, weight in enumerate(theirs.parameters()):
+        weight.data += 0.02 * randn(*weight.shape, seed=i)              # no bias at its zero, no class token either
+    torch.save(theirs.state_dict(), tmp_path / "vit_b_16.pth")
+    ours = substrate.load("vit_b_16", tmp_path / "vit_b_16.pth")
+    theirs.heads = nn.Identity()
+    images = randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert (ours(images) - theirs(images)).abs().max() <= 1e-5
+
+
+def dinov2_state(width=384, depth=12):
+    """Random weights in the layout of DINOv2's published file, LayerScale included."""
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1370, width), "mask_token": (1, width),
+              "patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,),
+              "norm.weight": (width,), "norm.bias": (width,)}
+    for i in range(depth):
+        block = {"norm1.weight": (width,), "norm1.bias": (width,), "norm2.weight": (width,), "norm2.bias": (width,),
+                 "attn.qkv.weight": (3 * width, width), "attn.qkv.bias": (3 * width,), "attn.proj.weight": (width, width),
+                 "attn.proj.bias": (width,), "ls1.gamma": (width,), "ls2.gamma": (width,), "mlp.fc1.weight": (4 * width, width),
+                 "mlp.fc1.bias": (4 * width,), "mlp.fc2.weight": (width, 4 * width), "mlp.fc2.bias": (width,)}
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
+    return {name: 0.05 * randn(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+
+
+def test_dinov2_equals_the_written_out_forward(tmp_path):
+    s = dinov2_state()
+    torch.save(s, tmp_path / "dinov2.pth")
+    ours = substrate.load("dinov2_vits14", tmp_path / "dinov2.pth", image_size=56)
+    images = randn(2, 3, 56, 56)
+    # From DINOv2's definition: fused qkv, six heads of 64, LayerScale, 37 x 37 positions resized to 4 x 4.
+    grid = s["pos_embed"][:, 1:].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=4.1 / 37, mode="bicubic", antialias=False).permute(0, 2, 3, 1).reshape(1, 16, 384)
+    x = F.conv2d(images, s["patch_embed.proj.weight"], s["patch_embed.proj.bias"], stride=14).reshape(2, 384, 16).mT
+    x = torch.cat([(s["cls_token"] + s["pos_embed"][:, :1]).expand(2, 1, 384), x + grid], 1)
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt() * s[f"{name}.weight"] + s[f"{name}.bias"]
+
+    for i in range(12):
+        p = {key.removeprefix(f"blocks.{i}."): value for key, value in s.items() if key.startswith(f"blocks.{i}.")}
+        q, k, v = (norm(x, f"blocks.{i}.norm1") @ p["attn.qkv.weight"].T + p["attn.qkv.bias"]).reshape(2, 17, 3, 6, 64).permute(2, 0, 3, 1, 4)
+        y = (torch.softmax(q @ k.mT / 8, -1) @ v).transpose(1, 2).reshape(2, 17, 384)
+        x = x + p["ls1.gamma"] * (y @ p["attn.proj.weight"].T + p["attn.proj.bias"])
+        y = norm(x, f"blocks.{i}.norm2") @ p["mlp.fc1.weight"].T + p["mlp.fc1.bias"]
+        y = y * (1 + torch.erf(y / 2 ** 0.5)) / 2
+        x = x + p["ls2.gamma"] * (y @ p["mlp.fc2.weight"].T + p["mlp.fc2.bias"])
+    with torch.no_grad():
+        assert torch.allclose(ours(images), norm(x, "norm")[:, 0], atol=1e-4)
+
+
+def test_attention_is_softmax_qk_v():
+    attention, x = substrate.Attention(12, 3), randn(2, 5, 12)
+    q, k, v = (layer(x).reshape(2, 5, 3, 4).transpose(1, 2) for layer in (attention.query, attention.key, attention.value))
+    y = torch.softmax(q @ k.mT / 4 ** 0.5, -1) @ v
+    assert torch.allclose(attention(x), attention.proj(y.transpose(1, 2).reshape(2, 5, 12)), atol=1e-6)
+
+
+def test_block_equals_pytorchs_encoder_layer():
+    ours = substrate.Block(12, 3, layer_scale=False)
+    theirs = nn.TransformerEncoderLayer(12, 3, 48, dropout=0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True)
+    a = ours.attn
+    theirs.self_attn.load_state_dict({
+        "in_proj_weight": torch.cat([a.query.weight, a.key.weight, a.value.weight]),
+        "in_proj_bias": torch.cat([a.query.bias, a.key.bias, a.value.bias]),
+        "out_proj.weight": a.proj.weight, "out_proj.bias": a.proj.bias})
+    theirs.linear1, theirs.linear2, theirs.norm1, theirs.norm2 = ours.fc1, ours.fc2, ours.norm1, ours.norm2
+    assert torch.allclose(ours(randn(2, 5, 12)), theirs(randn(2, 5, 12)), atol=1e-6)
+
+
+def test_positions_of_the_native_grid_are_not_touched():
+    positions = randn(1, 1 + 37 ** 2, 8)
+    assert substrate.resize_positions(positions, 37) is positions
+    assert torch.equal(substrate.resize_positions(positions, 16)[:, :1], positions[:, :1])
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+    state = torch.load(HERE / "weights" / "vit_tiny.pt", weights_only=True)
+    path = tmp_path / "w.pt"
+    for change, words in (({"norm.bias": None}, "norm.bias"), ({"extra": torch.ones(1)}, "extra"),
+                          ({"norm.bias": torch.ones(7)}, "norm.bias"), ({"pos_embed": torch.ones(1, 5, 3)}, "pos_embed")):
+        torch.save({key: value for key, value in (state | change).items() if value is not None}, path)
+        with pytest.raises(ValueError, match=words):
+            substrate.load("vit_tiny", path)
+    whole = (HERE / "weights" / "vit_tiny.pt").read_bytes()
+    for content in (whole[:100_000], b"", b"text", pickle.dumps(os.system), pickle.dumps({"a": 1})):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a whole file"):
+            substrate.load("vit_tiny", path)
+    with pytest.raises(FileNotFoundError, match="--weights"):
+        substrate.load("vit_tiny", tmp_path / "none.pt")
+    with pytest.raises(ValueError, match="vit_b_16"):
+        substrate.load("resnet50")
+    with pytest.raises(ValueError, match="positive multiple of the patch"):
+        substrate.load("vit_tiny", image_size=60)
+
+
+# ---- lora.py -------------------------------------------------------------------------------------------------------------
+
+def random_theta(vit, seed=0):
+    return 0.1 * randn(len(lora.get(vit)), seed=seed)
+
+
+def test_lora_with_B_zero_changes_nothing(tiny):
+    images = randn(3, 3, 16, 16)
+    before = tiny(images)
+    lora.add(tiny, generator=data.generator(0, 1))
+    assert torch.equal(tiny(images), before)
+    assert lora.get(tiny).any()
+
+
+def test_theta_is_A_then_B_of_query_then_value_block_by_block(tiny):
+    lora.add(tiny, rank=2, alpha=6)
+    lora.set(tiny, torch.arange(6 * 2 * 2 * 2 * 192).float())           # L * 2 * 2 * r * d
+    block, x = tiny.blocks[1].attn, randn(1, 192)
+    start = 1 * 2 * 2 * 2 * 192                                          # block 2 begins here
+    for layer, at in ((block.query, start), (block.value, start + 2 * 2 * 192)):
+        A = torch.arange(at, at + 2 * 192).float().reshape(2, 192)
+        B = torch.arange(at + 2 * 192, at + 4 * 192).float().reshape(192, 2)
+        assert torch.allclose(layer(x), layer.base(x) + 6 / 2 * x @ A.T @ B.T)
+    assert isinstance(block.key, nn.Linear) and isinstance(block.proj, nn.Linear)
+
+
+def test_theta_goes_in_and_out_exactly_and_the_substrate_stays(tiny):
+    before = {key: value.clone() for key, value in tiny.state_dict().items()}
+    lora.add(tiny)
+    for i in range(1000):
+        lora.set(tiny, random_theta(tiny, i) if i % 100 == 0 else torch.full((36_864,), float(i)))
+    theta = random_theta(tiny, 7)
+    lora.set(tiny, theta)
+    assert torch.equal(lora.get(tiny), theta)
+    lora.remove(tiny)
+    assert all(torch.equal(before[key], value) for key, value in tiny.state_dict().items())
+    assert list(before) == list(tiny.state_dict())
+
+
+@pytest.mark.parametrize("alpha", [None, 4, 24])
+def test_merged_equals_adapter(tiny, alpha):
+    lora.add(tiny, rank=8, alpha=alpha)
+    lora.set(tiny, random_theta(tiny))
+    images = randn(3, 3, 16, 16)
+    with torch.no_grad():
+        adapted, key_weight = tiny(images), tiny.blocks[0].attn.key.weight.clone()
+        lora.merge(tiny)
+        assert not any(isinstance(module, lora.LoRALinear) for module in tiny.modules())
+        assert torch.allclose(tiny(images), adapted, atol=1e-4)
+        assert torch.equal(tiny.blocks[0].attn.key.weight, key_weight)
+
+
+def test_only_lora_and_head_get_gradients(tiny):
+    lora.add(tiny, generator=data.generator(0, 1))
+    head = til.new_head(tiny, 5, data.generator(0, 1))
+    head(tiny(randn(2, 3, 16, 16))).sum().backward()
+    trained = {id(weight) for weight in (*lora.parameters(tiny), *head.parameters())}
+    for weight in (*tiny.parameters(), *head.parameters()):
+        assert (weight.grad is not None) == (id(weight) in trained)
+
+
+def test_lora_says_what_is_wrong(tiny):
+    with pytest.raises(ValueError, match="call lora.add"):
+        lora.get(tiny)
+    with pytest.raises(ValueError, match="rank 0"):
+        lora.add(tiny, rank=0)
+    lora.add(tiny)
+    with pytest.raises(ValueError, match="already"):
+        lora.add(tiny)
+    with pytest.raises(ValueError, match="36864"):
+        lora.set(tiny, torch.zeros(5))
+
+
+# ---- hopfield.py -----------------------------------------------------------------------------------------------------------
+
+def filled(memory, n=6, n_key=30, n_value=50):
+    keys, values = randn(n, n_key), randn(n, n_value, seed=1)
+    for key, value in zip(keys, values):
+        memory.write(key, value)
+    return keys, values
+
+
+def test_hopfield_equals_scaled_dot_product_attention():
+    memory = hopfield.Hopfield(beta=0.05)
+    keys, values = filled(memory)
+    cues = keys + 0.1 * randn(*keys.shape, seed=2)
+    expected = F.scaled_dot_product_attention(cues[None], keys[None], values[None], scale=0.05)[0]
+    assert torch.allclose(memory.read(cues)[:, 30:], expected, atol=1e-5)
+    assert torch.equal(memory.read(cues)[:, :30], cues)
+    assert torch.equal(memory.read(cues[2]), memory.read(cues)[2])
+    assert memory.attention(cues).shape == (6, 6) and memory.attention(cues[0]).shape == (6,)
+
+
+def test_hopfield_between_the_mean_and_the_item():
+    memory = hopfield.Hopfield(beta=0.0)
+    keys, values = filled(memory)
+    assert torch.allclose(memory.read(keys[3])[30:], values.mean(0), atol=1e-6)
+    memory.beta = 25.0
+    assert torch.equal(memory.read(keys[3]), torch.cat([keys[3], values[3]]))
+    assert torch.equal(memory.read(keys), torch.cat([keys, values], 1))
+
+
+def test_hopfield_state_bytes_and_errors(tmp_path):
+    memory, again = hopfield.Hopfield(beta=0.3), hopfield.Hopfield()
+    with pytest.raises(ValueError, match="empty"):
+        memory.read(torch.ones(30))
+    keys, values = filled(memory)
+    assert memory.nbytes == 4 * 6 * 80
+    data.save_tensors(tmp_path / "m.pt", memory.state_dict())
+    again.load_state_dict(data.load_tensors(tmp_path / "m.pt"))
+    assert torch.equal(again.read(keys), memory.read(keys))
+    for key, value, words in ((torch.ones(29), values[0], "key has 29"), (keys[0], torch.ones(51), "value has 51"),
+                              (keys[0] * torch.nan, values[0], "finite"), (keys[0], values[0].long(), "floating")):
+        with pytest.raises(ValueError, match=words):
+            memory.write(key, value)
+    with pytest.raises(ValueError, match="key has 7"):
+        memory.read(torch.ones(7))
+    with pytest.raises(ValueError, match="beta"):
+        hopfield.Hopfield(beta=float("nan"))
+    assert memory.K.shape == (30, 6) and memory.V.shape == (50, 6)
+
+
+# ---- data.py ---------------------------------------------------------------------------------------------------------------
+
+def test_split_is_a_shuffled_partition():
+    for seed in (0, 1):
+        tasks = data.split(100, 20, seed)
+        assert [len(task) for task in tasks] == [5] * 20 and sorted(sum(tasks, [])) == list(range(100))
+        assert sum(tasks, []) != list(range(100))
+    assert data.split(100, 20, 0) != data.split(100, 20, 1)
+    for splits in (0, 3, -5, 101):
+        with pytest.raises(ValueError, match="do not divide"):
+            data.split(100, splits, 0)
+
+
+def test_task_relabels_within_its_classes():
+    half = data.Images(torch.arange(8, dtype=torch.uint8).reshape(8, 1, 1, 1), torch.tensor([0, 1, 2, 3, 3, 2, 1, 0]), list("abcd"))
+    images, labels = data.task(half, [3, 1])
+    assert images.flatten().tolist() == [1, 3, 4, 6] and labels.tolist() == [1, 0, 0, 1]
+
+
+def test_prepare_equals_torchvision_transforms(tiny):
+    images = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Resize((16, 16), v2.InterpolationMode.BICUBIC, antialias=True),
+                            v2.Lambda(lambda x: x.clamp(0, 1)), v2.Normalize(tiny.config.mean, tiny.config.std)])
+    expected = torch.stack([reference(images[0]), reference(images[1].flip(-1))])
+    assert torch.allclose(data.prepare(images, tiny, torch.tensor([False, True])), expected, atol=1e-5)
+
+
+def test_glyphs_are_reproducible_and_the_halves_differ():
+    a, b, test = data.draw_class(7, 0, 3), data.draw_class(7, 0, 3), data.draw_class(7, 1, 3)
+    assert a.shape == (3, 3, 64, 64) and a.dtype == np.uint8
+    assert (a == b).all() and (a != test).any() and (a[0] != a[1]).any()
+
+
+def test_coverage_is_the_distance_to_a_segment():
+    x, y = np.array([[0.0, 1.0, 2.5, 0.5]]), np.array([[0.0, 0.3, 0.0, -0.2]])       # segment (0, 0) - (2, 0)
+    segment = np.array([[[0.0, 0.0], [2.0, 0.0]]])
+    distance = np.array([0.0, 0.3, 0.5, 0.2])
+    assert np.allclose(data.coverage(x, y, [segment], np.array([[0.2]])), ((0.2 - distance) / 0.03 + 0.5).clip(0, 1), atol=1e-6)
+
+
+def test_cifar100_in_its_own_format(cifar):
+    train, test = data.load("cifar100", cifar)
+    theirs = torchvision.datasets.CIFAR100.__new__(torchvision.datasets.CIFAR100)     # its reader of the same bytes
+    raw = pickle.loads((cifar / "cifar-100-python" / "train").read_bytes())
+    assert train.images.shape == (600, 3, 32, 32) and train.images.dtype == torch.uint8 and len(test.labels) == 200
+    assert (train.images[17].numpy() == raw["data"][17].reshape(3, 32, 32)).all()
+    assert train.labels.tolist() == raw["fine_labels"] and train.classes[5] == "colour 5"
+    assert theirs.base_folder == "cifar-100-python"
+
+
+def test_cifar100_runs_no_code_and_names_a_broken_file(cifar, tmp_path):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name in ("train", "test", "meta"):
+        (folder / name).write_bytes((cifar / "cifar-100-python" / name).read_bytes())
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    whole = (folder / "train").read_bytes()
+    for content in (pickle.dumps(Hostile()), whole[:5000], b"", pickle.dumps({"data": np.zeros((2, 5)), "fine_labels": [0, 1]})):
+        (folder / "train").write_bytes(content)
+        with pytest.raises(ValueError, match="train"):
+            data.load("cifar100", tmp_path)
+    assert not (tmp_path / "executed").exists()
+    (folder / "train").unlink()
+    with pytest.raises(FileNotFoundError, match="train is missing"):
+        data.load("cifar100", tmp_path)
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
+    """Three classes in the official layout, 4 train and 2 val pictures each; one train picture is grey."""
+    folder = tmp_path / "tiny-imagenet-200"
+    wnids = ["n03", "n01", "n02"]
+    for c, wnid in enumerate(wnids):
+        (folder / "train" / wnid / "images").mkdir(parents=True)
+        for i in range(4):
+            channels = 1 if (c, i) == (1, 2) else 3
+            write_jpeg(torch.full((channels, 64, 64), 60 * c + i, dtype=torch.uint8), str(folder / "train" / wnid / "images" / f"{wnid}_{i}.JPEG"))
+    (folder / "val" / "images").mkdir(parents=True)
+    rows = []
+    for i, c in enumerate([2, 0, 1, 1, 2, 0]):
+        write_jpeg(torch.full((3, 64, 64), 60 * c + 9, dtype=torch.uint8), str(folder / "val" / "images" / f"val_{i}.JPEG"))
+        rows.append(f"val_{i}.JPEG\t{wnids[c]}\t0\t0\t9\t9")
+    (folder / "val" / "val_annotations.txt").write_text("\n".join(rows))
+    (folder / "wnids.txt").write_text("\n".join(wnids))
+    (folder / "words.txt").write_text("n01\tcat, felis\nn02\tdog\nn03\tfish\n")
+    return folder
+
+
+def test_tinyimagenet_reads_the_official_layout(tiny_imagenet):
+    content = data.decode_tiny_imagenet(tiny_imagenet, 3, 4, 2)
+    assert content["classes"] == ["fish", "cat", "dog"]
+    assert content["train_images"].shape == (12, 3, 64, 64) and content["train_labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for half in ("train", "val"):                                        # every picture's shade tells its class
+        shades = content[f"{half}_images"].float().mean((1, 2, 3)) / 60
+        assert shades.floor().tolist() == content[f"{half}_labels"].tolist()
+
+
+def test_tinyimagenet_names_what_is_broken(tiny_imagenet):
+    with pytest.raises(ValueError, match="expected 500 images in each of 200"):
+        data.decode_tiny_imagenet(tiny_imagenet)
+    broken = tiny_imagenet / "train" / "n01" / "images" / "n01_1.JPEG"
+    broken.write_bytes(broken.read_bytes()[:50])
+    with pytest.raises(ValueError, match="n01_1.JPEG"):
+        data.decode_tiny_imagenet(tiny_imagenet, 3, 4, 2)
+    (tiny_imagenet / "val" / "val_annotations.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="val_annotations.txt is missing"):
+        data.decode_tiny_imagenet(tiny_imagenet, 3, 4, 2)
+
+
+def test_pictures_of_any_size_and_mode(tmp_path):
+    picture = torch.randint(0, 256, (3, 30, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "p.png"
+    for channels in (picture, picture[:1], torch.cat([picture[:1], picture[:1]])[:1]):
+        write_png(channels, str(path))
+        assert data.read_picture(path).shape == (3, 30, 50) and data.square(data.read_picture(path)).shape == (3, 30, 30)
+    write_png(picture, str(path))
+    assert torch.equal(data.read_picture(path), picture)
+    for content in (b"", b"no picture", path.read_bytes()[:60]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="p.png cannot be read"):
+            data.read_picture(path)
+
+
+def test_files_appear_whole_or_not_at_all(tmp_path):
+    def dies(scratch):
+        scratch.write_text("half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        data.atomically(tmp_path / "file", dies)
+    assert list(tmp_path.iterdir()) == []
+    data.save_json(tmp_path / "a.json", {"x": [1, 2], "y": None})
+    assert data.load_json(tmp_path / "a.json") == {"x": [1, 2], "y": None}
+    (tmp_path / "a.json").write_text('{"x": ')
+    with pytest.raises(ValueError, match="a.json is damaged"):
+        data.load_json(tmp_path / "a.json")
+
+
+# ---- til.py ----------------------------------------------------------------------------------------------------------------
+
+def test_algorithm_1_stores_what_was_learned_from_each_task_alone():
+    images = torch.arange(12, dtype=torch.uint8).reshape(12, 1, 1, 1)
+    train = data.Images(images, torch.arange(12) % 6, list("abcdef"))
+    seen, thetas = [], randn(3, 40)
+
+    def learn(t, images, labels):
+        seen.append((t, images.flatten().tolist(), labels.tolist()))
+        return thetas[t - 1]
+
+    memory, keys = til.til_training([[0, 1], [5, 2], [4, 3]], train, hopfield.Hopfield(), learn)
+    assert seen == [(1, [0, 1, 6, 7], [0, 1, 0, 1]), (2, [2, 5, 8, 11], [1, 0, 1, 0]), (3, [3, 4, 9, 10], [1, 0, 1, 0])]
+    assert torch.equal(torch.stack(keys), thetas[:, :4]) and torch.equal(memory.K.T, thetas[:, :4])
+    assert torch.equal(memory.V.T, thetas[:, 4:])
+
+
+def test_algorithm_2_classifies_with_the_recalled_theta(tiny):
+    lora.add(tiny)
+    memory, theta, head = til.Disk(), random_theta(tiny), nn.Linear(192, 4)
+    key, value = til.split_key(theta)
+    assert len(key) == int(0.1 * 36_864)
+    memory.write(key, value)
+    images = torch.randint(0, 256, (70, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = til.til_inference(tiny, head, images, key, memory)
+        lora.merge(tiny)                                                 # the recalled adapter, folded into the weights
+        assert torch.allclose(logits, head(tiny(data.prepare(images, tiny))), atol=1e-4)
+
+
+def test_an_answer_does_not_depend_on_its_companions(tiny):
+    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    together, alone, shuffled = til.features(tiny, images), til.features(tiny, images, 1), til.features(tiny, images[order], 64)
+    assert torch.allclose(together, alone, atol=1e-5) and torch.allclose(together[order], shuffled, atol=1e-5)
+
+
+def test_fit_is_adamw_with_cosine_decay():
+    x, y = randn(20, 3), torch.randint(0, 2, (20,), generator=torch.Generator().manual_seed(0))
+    ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.load_state_dict(ours.state_dict())
+    loss, accuracy = til.fit([*ours.parameters()], lambda batch, flip: (ours(x[batch]), y[batch]), 20, 4, 8, data.generator(3))
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.005, weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12, eta_min=0.0001)
+    generator = data.generator(3)
+    for epoch in range(4):
+        order, losses, hits = torch.randperm(20, generator=generator), [], 0
+        torch.rand(20, generator=generator)                              # the flips
+        for batch in order.split(8):
+            logits = theirs(x[batch])
+            losses.append(F.cross_entropy(logits, y[batch], reduction="sum").item())
+            hits += (logits.argmax(1) == y[batch]).sum().item()
+            F.cross_entropy(logits, y[batch]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    assert torch.allclose(ours.weight, theirs.weight, atol=1e-6)
+    assert loss == pytest.approx(sum(losses) / 20, abs=1e-5) and accuracy == pytest.approx(100 * hits / 20)
+
+
+CIFAR = ("--dataset", "cifar100", "--splits", 20, "--backbone", "vit_tiny", "--image-size", 16, "--device", "cpu")
+
+
+def test_the_main_job_on_a_small_cifar100(cifar, tmp_path, monkeypatch, capsys):
+    """Training, memory, evaluation, tables; then the same command continues instead of training again."""
+    words = (*CIFAR, "--data-dir", cifar, "--out", tmp_path, "--seeds", 0, 1)
+    code, out, err = command(til.main, monkeypatch, capsys, *words, "--memory", "hopfield")
+    assert code == 0 and "FAA_GT" in out and "97.12 ± 0.44" in out, err
+    folder = tmp_path / "cifar100-20s-vit_tiny-r8-seed0"
+    result = json.loads((folder / "til-hopfield.json").read_text())
+    assert result["drop"] == 0 and result["recall_error"] == {"mean": 0, "max": 0} and result["smallest_weight"] > 0.999
+    assert set(result["controls"]) == {"none", "wrong", "mean", "linear"} and len(result["per_task"]["gt"]) == 20
+    assert {"faa_gt", "faa", "images_per_second", "peak_memory_bytes", "wall_seconds", "device", "class_order"} <= set(result)
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("adapters/*.pt")}
+    code, out, err = command(til.main, monkeypatch, capsys, *words, "--memory", "disk")
+    assert code == 0 and "task " not in out
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("adapters/*.pt")} and len(before) == 20
+    assert json.loads((folder / "til-disk.json").read_text())["faa"] == result["faa_gt"]
+    code, out, err = command(evaluate.main, monkeypatch, capsys, *tmp_path.iterdir())
+    assert code == 0 and "M = disk" in out and f"{result['faa_gt']:.2f}"[:2] in out and "(2)" in out
+    code, out, err = command(til.main, monkeypatch, capsys, *words, "--rank", 8, "--epochs", 2)
+    assert code == 2 and "epochs 3" in err and "epochs 2" in err
+    picture = tmp_path / "p.png"
+    write_png(data.load("cifar100", cifar)[1].images[0], str(picture))
+    code, out, err = command(til.main, monkeypatch, capsys, *words, "--predict", picture, "--task", 20)
+    assert code == 0 and out.count("colour") == 5 and sum(float(line.split()[0]) for line in out.splitlines()) == pytest.approx(100, abs=0.05)
+    for bad, said in (((picture, 21), "--task takes 1 to 20"), ((tmp_path / "none.png", 1), "none.png")):
+        code, out, err = command(til.main, monkeypatch, capsys, *words, "--predict", bad[0], "--task", bad[1])
+        assert code == 2 and said in err and err.count("\n") == 1
+
+
+def test_theta_depends_only_on_seed_and_t(cifar, tmp_path, monkeypatch, capsys):
+    """Bit for bit: a run that is cut after some tasks and continued, with another memory, equals an undisturbed one."""
+    words = (*CIFAR, "--data-dir", cifar, "--epochs", 1)
+    assert command(til.main, monkeypatch, capsys, *words, "--out", tmp_path / "a")[0] == 0
+    a, b = (tmp_path / name / "cifar100-20s-vit_tiny-r8-seed0" for name in "ab")
+    (b / "adapters").mkdir(parents=True)
+    for t in (2, 3, 9):                                                  # as if these alone had been finished
+        (b / "adapters" / f"{t}.pt").write_bytes((a / "adapters" / f"{t}.pt").read_bytes())
+    torch.rand(5)                                                        # the global generator must not matter
+    assert command(til.main, monkeypatch, capsys, *words, "--memory", "disk", "--out", tmp_path / "b")[0] == 0
+    thetas = [[data.load_tensors(run / "adapters" / f"{t}.pt")["theta"] for t in range(1, 21)] for run in (a, b)]
+    assert torch.equal(torch.stack(thetas[0]), torch.stack(thetas[1]))
+    assert not torch.equal(thetas[0][0], thetas[0][1])
+
+
+def test_a_memory_of_other_adapters_is_refused(cifar, tmp_path, monkeypatch, capsys):
+    words = (*CIFAR, "--data-dir", cifar, "--epochs", 1, "--out", tmp_path)
+    assert command(til.main, monkeypatch, capsys, *words)[0] == 0
+    path = tmp_path / "cifar100-20s-vit_tiny-r8-seed0" / "adapters" / "4.pt"
+    data.save_tensors(path, data.load_tensors(path) | {"theta": torch.ones(36_864)})
+    code, out, err = command(til.main, monkeypatch, capsys, *words)
+    assert code == 2 and "adapters/4.pt" in err
+
+
+def test_a_loss_that_is_not_finite_is_named(tiny):
+    lora.add(tiny)
+    tiny.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="loss is nan in epoch 1, learning rate"):
+        til.train_adapter(tiny, torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), 2, 1, 2, data.generator(0))
+
+
+@pytest.mark.parametrize("words, said", [
+    (("--splits", 7), "do not divide"), (("--splits", 0), "at least 1"), (("--splits", "x"), "invalid int"),
+    (("--dataset", "mnist"), "mnist"), (("--memory", "brain"), "brain"), (("--backbone", "resnet"), "resnet"),
+    (("--weights", "no/such.pt"), "no/such.pt"), (("--image-size", 17), "positive multiple of the patch"), (("--image-size", -8), "image size -8"),
+    (("--rank", 0), "--rank"), (("--epochs", 0), "--epochs"), (("--batch-size", -1), "--batch-size"), (("--nonsense",), "nonsense"),
+    (("--device", "tpu"), "--device"), (("--predict", "p.png"), "--task"), (("--task", 1), "--predict"),
+    (("--predict", "p.png", "--task", 1), "without --predict first")])
+def test_mistakes_on_the_command_line(cifar, tmp_path, monkeypatch, capsys, words, said):
+    code, out, err = command(til.main, monkeypatch, capsys, *CIFAR, "--data-dir", cifar, "--out", tmp_path, *words)
+    assert code == 2 and said in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_without_a_gpu(monkeypatch, capsys):
+    code, out, err = command(til.main, monkeypatch, capsys, "--device", "cuda")
+    assert code == 2 and "no CUDA GPU" in err
+
+
+def test_without_network_and_data_one_line_says_what_to_do(tmp_path):
+    """The real command in a process of its own; a proxy that refuses stands for a machine without network."""
+    environment = os.environ | {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "all_proxy": ""}
+    command = [sys.executable, HERE / "til.py", "--dataset", "cifar100", "--splits", "20", "--memory", "hopfield"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for word in ("cifar-100-python.tar.gz", "https://www.cs.toronto.edu", "eb9058c3a382ffc7106e4002c42a8d85", "data/cifar-100-python"):
+        assert word in line
+
+
+# ---- evaluate.py -------------------------------------------------------------------------------------------------------------
+
+def test_metrics_by_hand():
+    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [5.0, 6.0]])
+    assert evaluate.accuracy(logits, torch.tensor([1, 0, 0, 1])) == 75
+    assert evaluate.faa([50.0, 100.0, 75.0]) == 75
+    theta, theta_hat = torch.tensor([9.0, 3.0, 4.0]), torch.tensor([0.0, 3.0, 3.0])
+    assert evaluate.recall_error(theta_hat, theta, 1) == pytest.approx(0.2)
+    assert evaluate.number([1.0, 3.0]) == "2.00 ± 1.41 (2)" and evaluate.number([1.5]) == "1.50 (1)"
