@@ -1,0 +1,220 @@
+"""BayesPCN: a memory that stores by Bayesian regression and recalls by descending an energy.
+
+Source: Yoo & Wood, "BayesPCN: A Continually Learnable Predictive Coding Associative Memory", NeurIPS 2022,
+arXiv 2205.09930, with one particle; write and read as in section 3.1 of the paper this project builds.
+
+L layers of activations: x⁰ = θ (D wide), x¹ .. x^{L−1} hidden (H wide); z^{l+1} = GELU(x^{l+1}), a row vector.
+
+    x^{L−1} ~ N(w, σ² I),  w ~ N(r, u I)      x^l ~ N(z^{l+1} W_l, σ² I),  W_l ~ MatrixNormal(R_l, U_l, I)
+
+What is stored is (R, U, r, u), the belief about the weights. Integrated over, they leave x^l ~ N(z R_l, v_l I) with
+v_l = σ² + z U_l zᵀ. The energy is −log p(x⁰ .. x^{L−1}), where d_0 = D and d_l = H above:
+
+    E = ½ Σ_l [ ‖x^l − z R_l‖² / v_l + d_l log 2πv_l ] + ½ [ ‖x^{L−1} − r‖² / (σ²+u) + H log 2π(σ²+u) ]
+
+Write: clamp x⁰ to θ, descend E over the hidden activations, then regress each layer on the one above.
+Read: only the key k, the first |k| columns of x⁰, is known. Descend E, answer k ⊕ (z R_0)[missing]. Two ways:
+    joint     (Yoo & Wood's) minimise over the missing values too: they land on their prediction z R_0 and leave
+              the residual, but stay counted in log v:    ½ [ ‖k − z R_0[:, :|k|]‖² / v_0 + D log v_0 ]
+    marginal  (ours) integrate them out:                  ½ [ ‖k − z R_0[:, :|k|]‖² / v_0 + |k| log v_0 ]
+
+Why marginal recalls better: scale a stored θ's z by a; it predicts about aθ, and v_0 grows with a². A write weighs D
+columns of residual against D log v_0. `marginal` keeps that balance, |k| to |k|, and so finds the amplitude again.
+`joint` pays for D columns but hears only |k|: it finds the right pattern and returns it too faint. Both also shrink
+as ridge regression does, by about 1 − σ² / mean(θ²), which alone is a relative squared error of (σ² / mean(θ²))².
+"""
+
+import copy
+import math
+
+import torch
+from torch.nn.functional import gelu
+
+
+def check(name, x, *shape):
+    """Raises ValueError unless x is a finite floating-point tensor of this shape (None: any size)."""
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise ValueError(f"{name} is {getattr(x, 'dtype', type(x))}, expected a floating-point tensor: convert it")
+    if x.ndim != len(shape) or any(size not in (None, found) for size, found in zip(shape, x.shape)):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape} (None: any): check how theta was cut")
+    if not x.isfinite().all():
+        raise ValueError(f"{name} holds NaN or infinite elements, expected finite ones: did the training diverge?")
+
+
+class BayesPCN:
+    """A memory for vectors theta of length `dim`; `hidden` is H, `layers` L, `sigma_obs` σ, `sigma_prior` √u at first.
+
+    A descent takes at most `steps` steps of Adam, from `lr` down; `read` is "marginal" or "joint"; `seed` draws prior
+    and starts; R[0], the one large tensor, lives on `device`; R, U, r, u may be assigned (float64). Raises ValueError.
+    """
+
+    def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01, steps=500,
+                 read="marginal", seed=0, device="cpu"):
+        whole = dict(dim=dim, hidden=hidden, layers=layers)
+        for name, x in dict(whole, steps=steps, sigma_prior=sigma_prior, sigma_obs=sigma_obs, lr=lr).items():
+            if not 0 < x < math.inf or name in (*whole, "steps") and not isinstance(x, int):
+                raise ValueError(f"{name} is {x!r}, expected a positive number, whole for {', '.join(whole)} and steps")
+        if layers < 2 or read not in ("marginal", "joint"):
+            raise ValueError(f"layers is {layers} and read {read!r}, expected 2 or more, and 'marginal' or 'joint'")
+        self.config = dict(whole, sigma_prior=sigma_prior, sigma_obs=sigma_obs, seed=seed)
+        self.dim, self.hidden, self.layers, self.seed = dim, hidden, layers, seed
+        self.s2, self.u_prior, self.lr, self.steps, self.read_mode = sigma_obs ** 2, sigma_prior ** 2, lr, steps, read
+        small = "cpu"           # for all but R[0], and the descent: 40 operations a step, each less than a GPU's launch
+        self.R = [torch.stack([*self._prior(l)]).to(small if l else device) for l in range(layers - 1)]     # (H, d_l)
+        self.U = [self.u_prior * torch.eye(hidden, dtype=torch.float64, device=small) for _ in self.R]      # (H, H)
+        self.r = next(self._prior(layers - 1)).to(small)                                                    # (H,)
+        self.u, self.count, self.assigned, self._kept = self.u_prior, 0, {}, None   # kept: a column of R_0, R_0 R_0ᵀ
+
+    def _normal(self, stream, rows, width):
+        """Yields `rows` vectors (width,) ~ N(0, I / width). Streams: l: prior of R_l, L: reads, L+1+t: write t."""
+        generator = torch.Generator().manual_seed(100_003 * self.seed + stream)
+        for _ in range(rows):
+            yield torch.randn(width, generator=generator).div_(math.sqrt(width)).double()
+
+    def _prior(self, l):
+        """Yields the rows of R_l's prior (l = L-1: of r), drawn anew each time: a copy would double the memory."""
+        return self._normal(l, self.hidden if l < self.layers - 1 else 1, self.hidden if l else self.dim)
+
+    def _gram(self):
+        """G = R_0 R_0ᵀ (H, H), kept up to date by `_update`; O(H² D) only once R_0 was assigned: its column changed."""
+        if self._kept is None or not torch.equal(self._kept[0], self.R[0][:, 0].to(self.r)):
+            self._kept = self.R[0][:, 0].to(self.r, copy=True), (self.R[0] @ self.R[0].T).to(self.r)
+        return self._kept[1]
+
+    def _bottom(self, x, m):
+        """What E depends on if x (n, |x|) are the first columns of x⁰ and m log v_0 is counted; layers are stacked."""
+        # ‖x − zR‖² = x·x − 2 z·c + z G zᵀ, c = R xᵀ, G = R Rᵀ: a step costs O(H²), not O(H D). float64, as it cancels.
+        R = self.R[0][:, :x.shape[1]]
+        xx, c, G = x.square().sum(-1), x @ R.T, self._gram() if x.shape[1] == self.dim else R @ R.T
+        d = torch.tensor([[m]] + [[self.hidden]] * (self.layers - 2))             # (L-1, 1)
+        return xx.to(self.r), c.to(self.r), torch.stack([G.to(self.r), *self.R[1:]]), torch.stack(self.U), d.to(self.r)
+
+    def _energy(self, x, xx, c, W, U, d):
+        """E (n,) and, three times as fast as autograd, ∂E/∂x (L-1, n, H) at x (L-1, n, H), where x[l] is x^{l+1}."""
+        z, slope = gelu(x), torch.special.ndtr(x) + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)     # GELU'(x)
+        zU, zW = z @ U, z @ W                                                     # (L-1, n, H), zW[0] is zG
+        v, v_top = self.s2 + (zU * z).sum(-1), self.s2 + self.u                   # v = σ² + z U zᵀ  (L-1, n)
+        e, e_top = x[:-1] - zW[1:], x[-1] - self.r                                # x^l − z R_l  (L-2, n, H), (n, H)
+        # q_0 = x·x − 2 z·c + z G zᵀ,  q_l = ‖x^l − z R_l‖²
+        q = torch.cat([(xx + (z[0] * (zW[0] - 2 * c)).sum(-1))[None], e.square().sum(-1)])      # (L-1, n)
+        E_top = e_top.square().sum(-1) / v_top + self.hidden * math.log(2 * math.pi * v_top)    # (n,)
+        E = 0.5 * ((q / v + d * (2 * math.pi * v).log()).sum(0) + E_top)
+        # ∂E/∂z = (½q' + (d − q/v) ½v') / v,  with ½q' = zG − c for layer 0 and −(x^l − z R_l) R_lᵀ above,  ½v' = zU
+        dq = torch.cat([(zW[0] - c)[None], -e @ W[1:].mT])                        # (L-1, n, H)
+        g = (dq + (d - q / v)[..., None] * zU) / v[..., None] * slope
+        g[:-1] += e / v[1:, :, None]        # x^l is also what layer l predicts: ∂E/∂x^l += (x^l − z R_l) / v_l
+        g[-1] += e_top / v_top
+        return E, g
+
+    def _descend(self, stream, bottom):
+        """x (L-1, n, H) after Adam on E, from the stream's noise in every row. A row stops once E changes by < 1e-3."""
+        x = torch.stack([*self._normal(stream, self.layers - 1, self.hidden)])[:, None].repeat(1, len(bottom[0]), 1)
+        x, m, s, E_before, moving, threads = x.to(self.r), 0, 0, math.inf, 1, torch.get_num_threads()
+        torch.set_num_threads(1)    # no slower on tensors this small, and 50 times faster where others use the cores
+        try:
+            for i in range(1, self.steps + 1):
+                E, g = self._energy(x, *bottom)
+                moving = moving * ((E - E_before).abs() >= 1e-3)                  # (n,)
+                if not moving.any():
+                    break
+                E_before, m, s = E, 0.9 * m + 0.1 * g, 0.999 * s + 0.001 * g * g
+                # Falls to 0 after 30 % of the steps: activations are some 0.003 big, steps of a constant 0.01 never
+                # settle, and so wildly that rounding alone, another batch size, moved theta_hat by up to 14 %.
+                lr = self.lr * min(1, (1 - (i - 1) / self.steps) / 0.7)
+                x = x - moving[:, None] * lr * (m / (1 - 0.9 ** i)) / ((s / (1 - 0.999 ** i)).sqrt() + 1e-8)
+        finally:
+            torch.set_num_threads(threads)
+        return x
+
+    def write(self, key, value):
+        """Stores theta = key ⊕ value, 1-D floating-point tensors of `dim` elements together. Raises ValueError."""
+        check("key", key, None)
+        check("value", value, self.dim - len(key))
+        theta = torch.cat([key.to(self.R[0]), value.to(self.R[0])])[None]         # (1, D)
+        self.condition([theta, *self._descend(self.layers + 1 + self.count, self._bottom(theta, self.dim))])
+
+    def read(self, key):
+        """theta_hat (dim,) of a key (|k|,), (n, dim) of (n, |k|), in its dtype. Raises ValueError, also when empty."""
+        check("key", rows := key[None] if getattr(key, "ndim", 0) == 1 else key, None, None)      # (n, |k|)
+        if not 1 <= (width := rows.shape[1]) <= self.dim:
+            raise ValueError(f"key has {width} elements, expected 1 to {self.dim}: pass the start of a theta")
+        if self.u == self.u_prior:      # every write lowers u, forget(1) restores it
+            raise ValueError("the memory is empty, expected at least one stored theta: write first")
+        m = self.dim if self.read_mode == "joint" else width
+        x = self._descend(self.layers, self._bottom(rows.to(self.R[0]), m))
+        value = gelu(x[0]).to(self.R[0]) @ self.R[0][:, width:]                   # (z R_0)[missing]  (n, D-|k|)
+        return torch.cat([rows, value.to(rows)], 1).reshape(*key.shape[:-1], -1)
+
+    def _layers(self, activations):
+        """[x0 (n, D), x1 (n, H), ..], checked -> x0 (n, D) beside R[0] and the hidden ones (L-1, n, H), float64."""
+        if len(activations) != self.layers:
+            raise ValueError(f"found {len(activations)} layers of activations, expected {self.layers}: pass x0, x1, ..")
+        for l, x in enumerate(activations):
+            check(f"x{l}", x, len(activations[0]), self.hidden if l else self.dim)
+        return activations[0].to(self.R[0]), torch.stack([x.to(self.r) for x in activations[1:]])
+
+    def log_joint(self, activations):
+        """log p (n,) of each row of [x0 (n, D), x1 (n, H), ..] by itself, weights integrated out. Raises ValueError."""
+        x0, x = self._layers(activations)
+        return -self._energy(x, *self._bottom(x0, self.dim))[0]
+
+    def condition(self, activations):
+        """Bayes' rule with given activations [x0 (n, D), x1 (n, H), ..], row after row. Raises ValueError."""
+        x0, x = self._layers(activations)
+        if self.u == self.u_prior:      # nothing stored: R is the prior. One that was assigned, not drawn, must be kept
+            self.assigned = {l: R for l, R in enumerate([*self.R, self.r[None]])
+                             if not torch.equal(R[0].cpu(), next(self._prior(l)))}
+            self.R = [R.clone() if l in self.assigned else R for l, R in enumerate(self.R)]
+        for row in zip(x0, *x):
+            self._update(row)
+
+    def _update(self, x):
+        """The conjugate update with one row x⁰ (D,), x¹ (H,), ..: in each layer the input is z, the target y = x^l."""
+        G = self._gram()
+        for l, (R, U) in enumerate(zip(self.R, self.U)):
+            z = gelu(x[l + 1])                                                    # (H,)
+            zU = z @ U
+            K = zU / (zU @ z + self.s2)                                           # K = U zᵀ / s,  s = z U zᵀ + σ²
+            e = x[l] - z.to(R) @ R                                                # y − zR  (d_l,)
+            if l == 0:          # (R + K e)(R + K e)ᵀ = G + K (R eᵀ)ᵀ + (R eᵀ) Kᵀ + ‖e‖² K Kᵀ
+                KRe = torch.outer(K, (R @ e).to(K))
+                G = G + KRe + KRe.T + (e @ e).to(K) * torch.outer(K, K)
+            R.addr_(K.to(R), e)                                                   # R ← R + K (y − zR)
+            self.U[l] = torch.addr(U, K, zU, alpha=-1)                            # U ← U − K z U
+        self._kept = self.R[0][:, 0].to(self.r, copy=True), G
+        u = 1 / (1 / float(self.u) + 1 / self.s2)                                 # u' = 1 / (1/u + 1/σ²)
+        self.r, self.u = u * (self.r / self.u + x[-1] / self.s2), u               # r' = u' (r/u + x^{L−1}/σ²)
+        self.count += 1
+
+    def forget(self, strength):
+        """Moves the posterior towards the prior: b = `strength` 0 keeps all, 1 forgets all. Raises ValueError."""
+        if not 0 <= strength <= 1:
+            raise ValueError(f"strength is {strength!r}, expected 0 (keep all) to 1 (forget all)")
+        if self.u == self.u_prior:      # nothing stored
+            return
+        keep = math.sqrt(1 - strength)
+        faded = [keep * R for R in (*self.R, self.r[None])]
+        for l, R in enumerate(faded):
+            for row, prior in zip(R, self.assigned.get(l, self._prior(l))):       # R ← √(1−b) R + (1 − √(1−b)) R₀
+                row.add_(prior.to(row), alpha=1 - keep)
+        *self.R, (self.r,) = faded
+        self.U = [(1 - strength) * U + strength * self.u_prior * torch.eye(self.hidden).to(U) for U in self.U]
+        self.u = (1 - strength) * self.u + strength * self.u_prior                # U ← (1−b) U + b U₀
+
+    def state_dict(self):
+        """A copy of the state, in plain tensors and numbers, so that torch.load(.., weights_only=True) reads it."""
+        names = ("config", "count", "R", "U", "r", "u", "assigned", "_kept")
+        return copy.deepcopy({name: getattr(self, name) for name in names})
+
+    def load_state_dict(self, state):
+        """Takes over a copy of the state. Raises ValueError if it is of a memory with other constructor arguments."""
+        if state.get("config") != self.config:
+            raise ValueError(f"state of a memory with {state.get('config')}, expected {self.config}: make one like it")
+        new = copy.deepcopy(state)
+        new["R"][0] = new["R"][0].to(self.R[0])
+        vars(self).update(new)
+
+    @property
+    def nbytes(self):
+        """Bytes of the belief (R, U, r), and of the prior if it was assigned."""
+        return sum(x.nbytes for x in (*self.R, *self.U, self.r, *self.assigned.values()))
