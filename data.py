@@ -169,13 +169,13 @@ def draw_class(label, half, n):
     figure = random_strokes(np.random.default_rng([0, label]), 2)                                # (2, 2, 2)
     figure = np.concatenate([figure, figure * (-1, 1)]).astype(np.float32)                       # (4, 2, 2)
     rng = np.random.default_rng([1 + half, label])
-    angle, scale, shear, dx, dy = rng.uniform((-0.15, 1.0, -0.1, -0.1, -0.1), (0.15, 1.15, 0.1, 0.1, 0.1), (n, 5)).T[..., None]
+    angle, scale, shear, dx, dy = rng.uniform((-0.1, 1.0, -0.05, -0.05, -0.05), (0.1, 1.1, 0.05, 0.05, 0.05), (n, 5)).T[..., None]
     y, x = np.mgrid[-1:1:64j, -1:1:64j].reshape(2, 1, -1).astype(np.float32)                     # (1, 4096) each
     u = scale * (np.cos(angle) * x - np.sin(angle) * y) + dx                                     # (n, 4096)
     v = scale * (np.sin(angle) * x + np.cos(angle) * y) + dy + shear * u
     ink = coverage(u, v, figure[:, None], rng.uniform(0.08, 0.13, (n, 1)))                       # (n, 4096)
-    clutter = [1.3 * random_strokes(rng, n) for _ in range(3)]                                   # 3 of (n, 2, 2)
-    dirt = 0.5 * coverage(x, y, clutter, rng.uniform(0.02, 0.05, (n, 1)))
+    clutter = [1.3 * random_strokes(rng, n) for _ in range(5)]                                   # 5 of (n, 2, 2)
+    dirt = 0.6 * coverage(x, y, clutter, rng.uniform(0.02, 0.05, (n, 1)))
     paper, other, pen = (rng.uniform(*interval, (n, 3, 1)) for interval in ((0, 0.4), (0, 1), (0.6, 1)))
     picture = paper + dirt[:, None] * (other - paper)                                            # (n, 3, 4096)
     picture += ink[:, None] * (pen - picture)

@@ -9,16 +9,17 @@ import data
 
 # Table 1 of the paper: mean and standard deviation over three seeds, in percent.
 PAPER = {
-    ("cifar100", 20): {"faa_gt": (97.29, 0.30), "bayespcn": {"faa": (96.50, 0.64), "drop": (0.32, 0.12)},
-                       "hopfield": {"faa": (97.12, 0.44), "drop": (0.0026, 0.01)}},
-    ("cifar100", 50): {"faa_gt": (97.79, 0.20), "bayespcn": {"faa": (97.24, 0.73), "drop": (0.62, 0.32)},
-                       "hopfield": {"faa": (97.76, 0.47), "drop": (0.04, 0.07)}},
-    ("tinyimagenet", 50): {"faa_gt": (91.56, 0.48), "bayespcn": {"faa": (90.46, 0.35), "drop": (1.16, 0.57)},
-                           "hopfield": {"faa": (91.82, 0.28), "drop": (-0.21, 0.10)}},
-    ("tinyimagenet", 100): {"faa_gt": (95.09, 0.40), "bayespcn": {"faa": (93.28, 0.35), "drop": (1.71, 0.20)},
-                            "hopfield": {"faa": (94.77, 0.48), "drop": (-0.30, 0.19)}},
+    ("cifar100", 20): {"faa_gt": "97.29 ± 0.30", "bayespcn": {"faa": "96.50 ± 0.64", "drop": "0.32 ± 0.12"},
+                       "hopfield": {"faa": "97.12 ± 0.44", "drop": "0.0026 ± 0.01"}},
+    ("cifar100", 50): {"faa_gt": "97.79 ± 0.20", "bayespcn": {"faa": "97.24 ± 0.73", "drop": "0.62 ± 0.32"},
+                       "hopfield": {"faa": "97.76 ± 0.47", "drop": "0.04 ± 0.07"}},
+    ("tinyimagenet", 50): {"faa_gt": "91.56 ± 0.48", "bayespcn": {"faa": "90.46 ± 0.35", "drop": "1.16 ± 0.57"},
+                           "hopfield": {"faa": "91.82 ± 0.28", "drop": "−0.21 ± 0.10"}},
+    ("tinyimagenet", 100): {"faa_gt": "95.09 ± 0.40", "bayespcn": {"faa": "93.28 ± 0.35", "drop": "1.71 ± 0.20"},
+                            "hopfield": {"faa": "94.77 ± 0.48", "drop": "−0.30 ± 0.19"}},
 }
 
+MEMORIES = ("hopfield", "bayespcn", "bayespcn-joint", "disk")               # the order of the columns
 ROWS = {
     "faa_gt": "FAA_GT", "faa": "FAA_TIL(M)", "drop": "D_TIL(M)", "none": "control: no adapter", "wrong": "control: wrong adapter",
     "mean": "control: mean adapter", "linear": "control: linear head", "recall_error": "recall error",
@@ -66,13 +67,22 @@ def number(values, digits=2):
 def paper_number(result, row):
     """The paper's cell for this run's data set, splits, rank and memory, or '-'."""
     paper = PAPER.get((result["dataset"], result["splits"]), {}) if result["rank"] == 8 else {}
-    cell = paper.get(row) or paper.get(result["memory"], {}).get(row)
-    return f"{cell[0]} ± {cell[1]}" if cell else "–"
+    return paper.get(row) or paper.get(result["memory"].split("-")[0], {}).get(row, "–")
 
 
 def cell(result, row):
     """One figure of a run's JSON."""
     return result["controls"][row] if row in result["controls"] else result[row]["mean"] if row == "recall_error" else result[row]
+
+
+def provenance(name, runs):
+    """One line on where the figures of a memory come from; times and memory are means over the seeds."""
+    def mean(key):
+        return statistics.mean(run[key] for run in runs)
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    return (f"{name}: seed {seeds}; {runs[0]['device']}; training {mean('train_seconds'):.0f} s "
+            f"({mean('images_per_second'):,.0f} images/s), whole command {mean('wall_seconds'):.0f} s, "
+            f"peak memory {mean('peak_memory_bytes') / 1e9:.1f} GB; weights {runs[0]['weights']}")
 
 
 def report(results):
@@ -83,24 +93,30 @@ def report(results):
         groups.setdefault(key, {}).setdefault(result["memory"], []).append(result)
     lines = []
     for (dataset, splits, backbone, size, rank), memories in sorted(groups.items()):
+        memories = {name: memories[name] for name in MEMORIES if name in memories}
         lines += [f"{dataset}, {splits} splits, {backbone}, {size} px, rank {rank}", ""]
         lines += ["| | " + " | ".join(f"M = {name} | paper" for name in memories) + " |", "|---" * (1 + 2 * len(memories)) + "|"]
         for row, label in ROWS.items():
             cells = [f"{number([cell(r, row) for r in runs], 4 if row == 'recall_error' else 2)} | {paper_number(runs[0], row)}"
                      for runs in memories.values()]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += ["", *(provenance(name, runs) for name, runs in memories.items()), ""]
     return "\n".join([*lines, DEFINITIONS])
+
+
+def read_runs(folders):
+    """The contents of all til-*.json in these run folders. Raises ValueError if there is none."""
+    results = [data.load_json(path) for folder in folders for path in sorted(folder.glob("til-*.json"))]
+    if not results:
+        raise ValueError("no til-*.json in these folders: run til.py first")
+    return results
 
 
 def main():
     """Prints the tables of finished runs."""
     parser = data.Parser(description="The paper's tables over finished runs.", epilog="example: python evaluate.py runs/*")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    paths = [path for folder in parser.parse_args().runs for path in sorted(folder.glob("til-*.json"))]
-    if not paths:
-        raise ValueError("no til-*.json in these folders: run til.py first")
-    print(report([data.load_json(path) for path in paths]))
+    print(report(read_runs(parser.parse_args().runs)))
 
 
 if __name__ == "__main__":

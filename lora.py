@@ -21,7 +21,7 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
 
     def forward(self, x):                                                    # (..., d) -> (..., d_out)
-        return self.base(x) + self.scale * (x @ self.A.T @ self.B.T)
+        return self.base(x) + self.scale * (x @ self.A.T) @ self.B.T
 
 
 def adapters(vit):

@@ -24,6 +24,7 @@ import hopfield
 import lora
 import til
 import vit as substrate
+from bayespcn import BayesPCN
 
 HERE = Path(__file__).parent
 
@@ -288,6 +289,204 @@ def test_hopfield_state_bytes_and_errors(tmp_path):
     assert memory.K.shape == (30, 6) and memory.V.shape == (50, 6)
 
 
+# ---- bayespcn.py -----------------------------------------------------------------------------------------------------------
+
+def vectors(n, dim, seed=0):
+    return 0.1 * randn(n, dim, seed=seed).double()
+
+
+def stored(n=6, dim=60, n_key=20, **options):
+    """A BayesPCN with n vectors written, and the vectors (n, dim)."""
+    memory, thetas = BayesPCN(dim, **{"hidden": 32, "seed": 1, **options}), vectors(n, dim)
+    for theta in thetas:
+        memory.write(theta[:n_key], theta[n_key:])
+    return memory, thetas
+
+
+def activations(n, dim, hidden, layers):
+    return [10 * vectors(n, width, seed=5 + l) for l, width in enumerate([dim] + [hidden] * (layers - 1))]
+
+
+def state_of(memory):
+    """All tensors of a memory's state in one list."""
+    return [*memory.R, *memory.U, memory.r, torch.tensor(memory.u)]
+
+
+def equal(a, b):
+    return all(map(torch.equal, a, b))
+
+
+def literal_energy(memory, x0, xs, m):
+    """E of x0 (|x|,), the first columns of x^0, and xs = [x1 (H,), ..], D-wide and layer by layer, with m log v_0."""
+    R, targets, E = [memory.R[0][:, :len(x0)], *memory.R[1:]], [x0, *xs], 0
+    for l, above in enumerate(xs):
+        z = F.gelu(above)
+        v = 0.01 ** 2 + z @ memory.U[l] @ z
+        E = E + ((targets[l] - z @ R[l]).pow(2).sum() / v + (len(above) if l else m) * torch.log(2 * np.pi * v)) / 2
+    v = torch.tensor(0.01 ** 2 + memory.u, dtype=torch.float64)
+    return E + ((xs[-1] - memory.r).pow(2).sum() / v + len(xs[-1]) * torch.log(2 * np.pi * v)) / 2
+
+
+def literal_descent(memory, energy, start):
+    """torch.optim.Adam and autograd on the tensors `start`, with the module's schedule and stop."""
+    x, before = [s.clone().requires_grad_() for s in start], np.inf
+    adam = torch.optim.Adam(x, lr=memory.lr)
+    for i in range(memory.steps):
+        adam.param_groups[0]["lr"] = memory.lr * min(1, (1 - i / memory.steps) / 0.7)
+        E = energy(x)
+        if abs(E.item() - before) < 1e-3:
+            break
+        before = E.item()
+        adam.zero_grad()
+        E.backward()
+        adam.step()
+    return [s.detach() for s in x]
+
+
+def start_of(memory, stream):
+    return [*memory._normal(stream, memory.layers - 1, memory.hidden)]
+
+
+def test_bayespcn_equals_yoo_and_woods_figures():
+    """results/bayespcn_reference.npz: figures of their own implementation, in float64."""
+    reference = {name: torch.from_numpy(x) for name, x in np.load(HERE / "results" / "bayespcn_reference.npz").items()}
+    dim, hidden, layers = reference["meta"].tolist()[1:4]
+
+    def assert_posterior(stage):
+        names = [f"{stage}_{x}{l}" for x in "RU" for l in range(layers - 1)]
+        for ours, name in zip([*memory.R, *memory.U, memory.r], [*names, f"{stage}_R{layers - 1}"]):
+            torch.testing.assert_close(ours, reference[name], rtol=1e-9, atol=1e-11)
+        assert memory.u == pytest.approx(reference[f"{stage}_U{layers - 1}"][0, 0].item(), rel=1e-9)
+
+    memory = BayesPCN(dim, hidden, layers)
+    memory.R = [reference[f"prior_R{l}"] for l in range(layers - 1)]
+    memory.U = [reference[f"prior_U{l}"] for l in range(layers - 1)]
+    memory.r, memory.u = reference[f"prior_R{layers - 1}"], reference[f"prior_U{layers - 1}"][0, 0].item()
+    rows = [reference[f"act{l}"] for l in range(layers)]
+    torch.testing.assert_close(memory.log_joint(rows), reference["logp_prior"], rtol=1e-9, atol=0)
+    memory.condition(rows)
+    assert_posterior("post")
+    torch.testing.assert_close(memory.log_joint(rows), reference["logp_post"], rtol=1e-9, atol=0)
+    memory.forget(0.3)
+    assert_posterior("forget")
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_writing_is_batch_bayesian_regression_in_any_order(layers):
+    memory, reverse, rows = BayesPCN(40, 16, layers), BayesPCN(40, 16, layers), activations(7, 40, 16, layers)
+    prior = [R.numpy().copy() for R in memory.R] + [memory.r.numpy()]
+    memory.condition(rows)
+    for l in range(layers - 1):
+        Z, Y = F.gelu(rows[l + 1]).numpy(), rows[l].numpy()
+        U = np.linalg.inv(np.eye(16) + Z.T @ Z / 1e-4)
+        R = U @ (prior[l] + Z.T @ Y / 1e-4)
+        assert np.abs(memory.U[l].numpy() - U).max() < 1e-9
+        assert np.abs(memory.R[l].numpy() - R).max() < 1e-9 * np.abs(R).max()
+    u = 1 / (1 + 7 / 1e-4)
+    assert memory.u == pytest.approx(u, rel=1e-9)
+    assert np.abs(memory.r.numpy() - u * (prior[-1] + rows[-1].numpy().sum(0) / 1e-4)).max() < 1e-9
+    reverse.condition([x.flip(0) for x in rows])
+    for a, b in zip(state_of(memory), state_of(reverse)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_forgetting_nothing_and_everything():
+    memory = BayesPCN(40, 16)
+    prior = [x.clone() for x in state_of(memory)]
+    memory.condition(activations(3, 40, 16, 4))
+    posterior = [x.clone() for x in state_of(memory)]
+    memory.forget(0)
+    assert equal(state_of(memory), posterior) and not equal(posterior, prior)
+    memory.forget(1)
+    assert equal(state_of(memory), prior)
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+@pytest.mark.parametrize("width, m", [(60, 60), (20, 20), (20, 60)], ids=["write", "marginal", "joint"])
+def test_gram_space_energy_and_gradient_are_the_literal_ones(layers, width, m):
+    memory, thetas = stored(layers=layers)
+    xs = [0.1 * x for x in activations(2, 60, 32, layers)[1:]]
+    E, gradient = memory._energy(torch.stack(xs), *memory._bottom(thetas[:2, :width], m))
+    for i in range(2):
+        x, x0 = [x[i].clone().requires_grad_() for x in xs], thetas[i, :width]
+        if (width, m) == (20, 60):               # joint: the missing values sit on their prediction
+            x0 = torch.cat([x0, F.gelu(x[0]) @ memory.R[0][:, 20:]])
+        literal = literal_energy(memory, x0, x, m)
+        literal.backward()
+        assert E[i].item() == pytest.approx(literal.item(), rel=1e-8)
+        for l in range(layers - 1):
+            assert (gradient[l, i] - x[l].grad).norm() < 1e-8 * x[l].grad.norm()
+
+
+@pytest.mark.parametrize("read, m", [("marginal", 20), ("joint", 60)])
+def test_fast_write_and_read_are_the_literal_descent(read, m):
+    (memory, thetas), (twin, _) = stored(5, read=read), stored(5, read=read)
+    memory.steps = 100                           # enough to leave the start; rounding grows with the steps
+    key, new = thetas[2, :20], vectors(1, 60, seed=9)[0]
+    x = literal_descent(memory, lambda x: literal_energy(memory, key, x, m), start_of(memory, 4))
+    literal = (F.gelu(x[0]) @ memory.R[0])[20:]
+    assert (memory.read(key)[20:] - literal).norm() < 1e-6 * literal.norm()
+    x = literal_descent(memory, lambda x: literal_energy(memory, new, x, 60), start_of(memory, 4 + 1 + 5))
+    twin.condition([y[None] for y in (new, *x)])
+    memory.write(new[:20], new[20:])
+    for a, b in zip([*memory.R, *memory.U], [*twin.R, *twin.U]):
+        assert (a - b).norm() < 1e-6 * b.norm()
+
+
+def test_joint_is_where_moving_the_missing_values_leads():
+    """Yoo & Wood let Adam move the missing values too; eliminating them is the end of that road."""
+    memory, thetas = stored(5, read="joint")
+    key = thetas[2, :20]
+    *_, missing = literal_descent(memory, lambda x: literal_energy(memory, torch.cat([key, x[-1]]), x[:-1], 60),
+                                  [*start_of(memory, 4), torch.zeros(40, dtype=torch.float64)])
+    assert (missing - memory.read(key)[20:]).norm() < 0.1 * missing.norm()
+
+
+def test_bayespcn_recalls_and_joint_recalls_too_faintly():
+    memory, thetas = stored(12, 400, 40, hidden=64)
+    keys, values = thetas[:, :40], thetas[:, 40:]
+    before = [x.clone() for x in state_of(memory)]
+    together = memory.read(keys)
+    assert torch.equal(together[:, :40], keys) and memory.read(keys.float()).dtype == torch.float32
+    assert ((together[:, 40:] - values).norm(dim=1) / values.norm(dim=1)).max() < 0.17
+    for theta_hat, key in zip(together, keys):
+        assert (memory.read(key) - theta_hat).norm() < 1e-5 * theta_hat.norm()
+    memory.read_mode = "joint"
+    faint = memory.read(keys)[:, 40:]
+    assert torch.cosine_similarity(faint, values).min() > 0.95
+    assert (faint.norm(dim=1) < 0.97 * values.norm(dim=1)).all()
+    assert equal(state_of(memory), before)
+
+
+def test_bayespcn_state_round_trip_and_reproducibility(tmp_path):
+    (memory, thetas), again = stored(), BayesPCN(60, hidden=32, seed=1)
+    data.save_tensors(tmp_path / "m.pt", memory.state_dict())
+    again.load_state_dict(data.load_tensors(tmp_path / "m.pt"))
+    for m in (memory, again):                    # and both go on alike
+        m.write(thetas[0, :20] + 0.1, thetas[0, 20:])
+        m.forget(0.2)
+    assert equal(state_of(memory), state_of(again)) and torch.equal(memory.read(thetas[:, :20]), again.read(thetas[:, :20]))
+    assert equal(state_of(stored()[0]), state_of(stored()[0])) and not equal(state_of(stored()[0]), state_of(stored(seed=2)[0]))
+    with pytest.raises(ValueError, match="seed"):
+        BayesPCN(60, hidden=32, seed=2).load_state_dict(memory.state_dict())
+
+
+def test_bayespcn_says_what_is_wrong_and_stays_as_it_is():
+    memory, thetas = stored(2)
+    key, value, before = thetas[0, :20], thetas[0, 20:], [x.clone() for x in state_of(memory)]
+    for call, words in (
+            (lambda: memory.write(key, value[:-1]), "value"), (lambda: memory.write(key, value * torch.nan), "NaN"),
+            (lambda: memory.write(key / 0, value), "NaN"), (lambda: memory.write(key, value.long()), "int64"),
+            (lambda: memory.read(torch.zeros(61)), "61"), (lambda: memory.read(key * torch.inf), "NaN"),
+            (lambda: memory.read(torch.zeros(0)), "0 elements"), (lambda: memory.forget(1.1), "strength"),
+            (lambda: memory.forget(float("nan")), "strength"), (lambda: BayesPCN(60).read(key), "empty"),
+            (lambda: memory.condition(activations(2, 60, 31, 4)), "x1"), (lambda: BayesPCN(60, layers=1), "layers"),
+            (lambda: BayesPCN(60, read="both"), "both"), (lambda: BayesPCN(60, sigma_obs=-1.0), "sigma_obs")):
+        with pytest.raises(ValueError, match=words):
+            call()
+        assert equal(state_of(memory), before)
+
+
 # ---- data.py ---------------------------------------------------------------------------------------------------------------
 
 def test_split_is_a_shuffled_partition():
@@ -330,12 +529,10 @@ def test_coverage_is_the_distance_to_a_segment():
 
 def test_cifar100_in_its_own_format(cifar):
     train, test = data.load("cifar100", cifar)
-    theirs = torchvision.datasets.CIFAR100.__new__(torchvision.datasets.CIFAR100)     # its reader of the same bytes
     raw = pickle.loads((cifar / "cifar-100-python" / "train").read_bytes())
     assert train.images.shape == (600, 3, 32, 32) and train.images.dtype == torch.uint8 and len(test.labels) == 200
     assert (train.images[17].numpy() == raw["data"][17].reshape(3, 32, 32)).all()
     assert train.labels.tolist() == raw["fine_labels"] and train.classes[5] == "colour 5"
-    assert theirs.base_folder == "cifar-100-python"
 
 
 def test_cifar100_runs_no_code_and_names_a_broken_file(cifar, tmp_path):
@@ -404,7 +601,7 @@ def test_tinyimagenet_names_what_is_broken(tiny_imagenet):
 def test_pictures_of_any_size_and_mode(tmp_path):
     picture = torch.randint(0, 256, (3, 30, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "p.png"
-    for channels in (picture, picture[:1], torch.cat([picture[:1], picture[:1]])[:1]):
+    for channels in (picture, picture[:1]):
         write_png(channels, str(path))
         assert data.read_picture(path).shape == (3, 30, 50) and data.square(data.read_picture(path)).shape == (3, 30, 30)
     write_png(picture, str(path))
@@ -589,3 +786,8 @@ def test_metrics_by_hand():
     theta, theta_hat = torch.tensor([9.0, 3.0, 4.0]), torch.tensor([0.0, 3.0, 3.0])
     assert evaluate.recall_error(theta_hat, theta, 1) == pytest.approx(0.2)
     assert evaluate.number([1.0, 3.0]) == "2.00 ± 1.41 (2)" and evaluate.number([1.5]) == "1.50 (1)"
+
+
+def test_the_tables_of_the_readme_are_the_results():
+    readme, tables = (HERE / "README.md").read_text(), evaluate.report(evaluate.read_runs(sorted((HERE / "results").iterdir())))
+    assert tables.split("FAA  ")[0].strip() in readme

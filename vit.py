@@ -39,7 +39,7 @@ CONFIGS = {
     "dinov2_vits14": Config(
         112, 14, 384, 12, 6, layer_scale=True,
         url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
-        rename=((r"^patch_embed\.proj", "patch_embed"), (r"\.mlp\.", "."), (r"\.ls(\d)\.gamma", r".scale\1"))),
+        rename=((r"^patch_embed\.proj", "patch_embed"), (r"\.mlp\.", "."), (r"\.ls(\d)\.", r".scale\1."))),
     "vit_b_16": Config(
         224, 16, 768, 12, 12,
         url="https://download.pytorch.org/models/vit_b_16-c867db91.pth",
@@ -68,19 +68,30 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, -1, D))                # (B, n, D)
 
 
+class LayerScale(nn.Module):
+    """A learned scale per channel at the end of a branch (arXiv 2103.17239); of our substrates only DINOv2 has it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.gamma * x
+
+
 class Block(nn.Module):
-    """A pre-norm transformer block; DINOv2 scales each branch by a learned vector (LayerScale, arXiv 2103.17239)."""
+    """A pre-norm transformer block."""
 
     def __init__(self, width, heads, layer_scale):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.scale1, self.scale2 = (nn.Parameter(torch.ones(width)) if layer_scale else 1 for _ in range(2))
+        self.scale1, self.scale2 = (LayerScale(width) if layer_scale else nn.Identity() for _ in range(2))
 
     def forward(self, x, wanted=None):                                       # (B, N, D) -> (B, N or wanted, D)
-        x = x[:, :wanted] + self.scale1 * self.attn(self.norm1(x), wanted)
-        return x + self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        x = x[:, :wanted] + self.scale1(self.attn(self.norm1(x), wanted))
+        return x + self.scale2(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
 
 
 class ViT(nn.Module):
