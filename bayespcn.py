@@ -63,7 +63,9 @@ class BayesPCN:
         self.R = [torch.stack([*self._prior(l)]).to(small if l else device) for l in range(layers - 1)]     # (H, d_l)
         self.U = [self.u_prior * torch.eye(hidden, dtype=torch.float64, device=small) for _ in self.R]      # (H, H)
         self.r = next(self._prior(layers - 1)).to(small)                                                    # (H,)
-        self.u, self.count, self.assigned, self._kept = self.u_prior, 0, {}, None   # kept: a column of R_0, R_0 R_0ᵀ
+        self.u, self.count = self.u_prior, 0                                      # count: of writes
+        self.assigned = {}                       # the prior of those layers whose R was assigned, not drawn: `forget` needs it
+        self._G = self._gram_of = None
 
     def _normal(self, stream, rows, width):
         """Yields `rows` vectors (width,) ~ N(0, I / width). Streams: l: prior of R_l, L: reads, L+1+t: write t."""
@@ -76,10 +78,10 @@ class BayesPCN:
         return self._normal(l, self.hidden if l < self.layers - 1 else 1, self.hidden if l else self.dim)
 
     def _gram(self):
-        """G = R_0 R_0ᵀ (H, H), kept up to date by `_update`; O(H² D) only once R_0 was assigned: its column changed."""
-        if self._kept is None or not torch.equal(self._kept[0], self.R[0][:, 0].to(self.r)):
-            self._kept = self.R[0][:, 0].to(self.r, copy=True), (self.R[0] @ self.R[0].T).to(self.r)
-        return self._kept[1]
+        """G = R_0 R_0ᵀ (H, H): kept up to date by `_update`; O(H² D) only once R[0] is another tensor, as after forget."""
+        if self._gram_of is not self.R[0]:
+            self._gram_of, self._G = self.R[0], (self.R[0] @ self.R[0].T).to(self.r)
+        return self._G
 
     def _bottom(self, x, m):
         """What E depends on if x (n, |x|) are the first columns of x⁰ and m log v_0 is counted; layers are stacked."""
@@ -161,7 +163,7 @@ class BayesPCN:
     def condition(self, activations):
         """Bayes' rule with given activations [x0 (n, D), x1 (n, H), ..], row after row. Raises ValueError."""
         x0, x = self._layers(activations)
-        if self.u == self.u_prior:      # nothing stored: R is the prior. One that was assigned, not drawn, must be kept
+        if self.u == self.u_prior:      # nothing stored: R is the prior, and one that was assigned must be kept
             self.assigned = {l: R for l, R in enumerate([*self.R, self.r[None]])
                              if not torch.equal(R[0].cpu(), next(self._prior(l)))}
             self.R = [R.clone() if l in self.assigned else R for l, R in enumerate(self.R)]
@@ -181,7 +183,7 @@ class BayesPCN:
                 G = G + KRe + KRe.T + (e @ e).to(K) * torch.outer(K, K)
             R.addr_(K.to(R), e)                                                   # R ← R + K (y − zR)
             self.U[l] = torch.addr(U, K, zU, alpha=-1)                            # U ← U − K z U
-        self._kept = self.R[0][:, 0].to(self.r, copy=True), G
+        self._G = G
         u = 1 / (1 / float(self.u) + 1 / self.s2)                                 # u' = 1 / (1/u + 1/σ²)
         self.r, self.u = u * (self.r / self.u + x[-1] / self.s2), u               # r' = u' (r/u + x^{L−1}/σ²)
         self.count += 1
@@ -203,8 +205,8 @@ class BayesPCN:
 
     def state_dict(self):
         """A copy of the state, in plain tensors and numbers, so that torch.load(.., weights_only=True) reads it."""
-        names = ("config", "count", "R", "U", "r", "u", "assigned", "_kept")
-        return copy.deepcopy({name: getattr(self, name) for name in names})
+        self._gram()
+        return copy.deepcopy({name: getattr(self, name) for name in ("config", "count", "R", "U", "r", "u", "assigned", "_G")})
 
     def load_state_dict(self, state):
         """Takes over a copy of the state. Raises ValueError if it is of a memory with other constructor arguments."""
@@ -212,7 +214,7 @@ class BayesPCN:
             raise ValueError(f"state of a memory with {state.get('config')}, expected {self.config}: make one like it")
         new = copy.deepcopy(state)
         new["R"][0] = new["R"][0].to(self.R[0])
-        vars(self).update(new)
+        vars(self).update(new, _gram_of=new["R"][0])
 
     @property
     def nbytes(self):

@@ -704,8 +704,11 @@ def test_the_main_job_on_a_small_cifar100(cifar, tmp_path, monkeypatch, capsys):
     assert code == 0 and "task " not in out
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("adapters/*.pt")} and len(before) == 20
     assert json.loads((folder / "til-disk.json").read_text())["faa"] == result["faa_gt"]
+    assert command(til.main, monkeypatch, capsys, *words[:-3], "--memory", "bayespcn")[0] == 0
+    bayespcn = json.loads((folder / "til-bayespcn.json").read_text())
+    assert 0 < bayespcn["recall_error"]["max"] < 0.1 and bayespcn["faa_gt"] == result["faa_gt"]
     code, out, err = command(evaluate.main, monkeypatch, capsys, *tmp_path.iterdir())
-    assert code == 0 and "M = disk" in out and f"{result['faa_gt']:.2f}"[:2] in out and "(2)" in out
+    assert code == 0 and "M = disk" in out and "M = bayespcn" in out and f"{result['faa_gt']:.2f}"[:2] in out and "(2)" in out
     code, out, err = command(til.main, monkeypatch, capsys, *words, "--rank", 8, "--epochs", 2)
     assert code == 2 and "epochs 3" in err and "epochs 2" in err
     picture = tmp_path / "p.png"

@@ -4,7 +4,7 @@ Query, key and value have separate projections, so that lora.py can wrap exactly
 `load` builds one of three substrates from published weights: our own vit_tiny, DINOv2's ViT-S/14 (Oquab et al.,
 arXiv 2304.07193) and torchvision's ViT-B/16.
 
-    python vit.py --data-dir data        # pretrains vit_tiny on TinyImageNet: weights/vit_tiny.pt, results/vit_tiny.json
+    python vit.py --data-dir data --out new.pt       # pretrains vit_tiny on TinyImageNet: new.pt, results/vit_tiny.json
 """
 import math
 import re
@@ -196,6 +196,7 @@ def resize_positions(pos_embed, n):
     return torch.cat([pos_embed[:, :1].float(), grid.flatten(2).transpose(1, 2)], dim=1)        # (1, 1 + n^2, D)
 
 
+# ---- training on a GPU -----------------------------------------------------------------------------------------------------
 
 class Graphed:
     """Runs step(*inputs) on a GPU as one CUDA graph: a single launch replays all of its kernels, where eager mode launches
@@ -286,22 +287,25 @@ def top1(vit, head, test, device):
 
 
 def main():
-    """Pretrains vit_tiny on TinyImageNet; writes weights/vit_tiny.pt and results/vit_tiny.json."""
+    """Pretrains vit_tiny on TinyImageNet; writes the weights in float16 and results/vit_tiny.json."""
     import data                                  # for this command alone: the model above needs nothing of ours
-    parser = data.Parser(description="Pretrain vit_tiny on TinyImageNet.", epilog="example: python vit.py --data-dir data")
+    parser = data.Parser(description="Pretrain vit_tiny on TinyImageNet.", epilog="example: python vit.py --data-dir data --out new.pt")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds tiny-imagenet-200")
     parser.add_argument("--epochs", type=int, default=106)
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--lr", type=float, default=0.002, help="peak learning rate of AdamW")
+    parser.add_argument("--out", type=Path, default=Path("weights/vit_tiny.pt"), help="a file that does not exist yet")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.out.exists():
+        raise ValueError(f"{args.out} exists and runs depend on it: move it away, or name another file with --out")
     torch.manual_seed(0)                         # the random augmentations of torchvision take no generator
     train, test = data.load("tinyimagenet", args.data_dir)
     start = time.perf_counter()
     vit, head = pretrain(train, args.epochs, args.batch_size, args.lr, args.device)
     seconds = time.perf_counter() - start
-    data.save_tensors(Path("weights/vit_tiny.pt"), {key: value.half().cpu() for key, value in vit.state_dict().items()})
-    accuracy = top1(load("vit_tiny", "weights/vit_tiny.pt").to(args.device), head, test, args.device)
+    data.save_tensors(args.out, {key: value.half().cpu() for key, value in vit.state_dict().items()})
+    accuracy = top1(load("vit_tiny", args.out).to(args.device), head, test, args.device)
     data.save_json(Path("results/vit_tiny.json"), {
         "top1": accuracy, "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seconds": seconds,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device, "torch": torch.__version__})
