@@ -58,8 +58,8 @@ def fetch(url, md5, folder):
         download_and_extract_archive(url, folder.parent, scratch, md5=md5)
         os.replace(scratch / folder.name, folder)
     except (OSError, RuntimeError) as error:     # no network, a broken download, a full disk
-        raise FileNotFoundError(f"cannot fetch {url} ({error}): download {Path(url).name} (md5 {md5}) by hand "
-                                f"and unpack it so that {folder} is there") from None
+        raise FileNotFoundError(f"cannot fetch {url} ({error}): put {Path(url).name} (md5 {md5}) into {folder.parent} by hand, "
+                                f"or unpack it so that {folder} is there") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -302,10 +302,10 @@ def predict(run, name, picture, t):
 
 def parse(parser):
     """Adds the options that TIL and MTS share and returns the checked arguments."""
-    parser.add_argument("--dataset", choices=data.LOADERS, default="glyphs")
+    parser.add_argument("--dataset", choices=data.LOADERS, default="glyphs", help="default: glyphs, drawn on the spot")
     parser.add_argument("--splits", type=int, default=20, help="number of tasks T (default: 20)")
-    parser.add_argument("--memory", choices=MEMORIES, default="hopfield")
-    parser.add_argument("--bpcn-read", choices=("marginal", "joint"), default="marginal", help="how BayesPCN reads")
+    parser.add_argument("--memory", choices=MEMORIES, default="hopfield", help="default: hopfield")
+    parser.add_argument("--bpcn-read", choices=("marginal", "joint"), default="marginal", help="how BayesPCN reads (default: marginal)")
     parser.add_argument("--backbone", choices=substrate.CONFIGS, help="default: vit_tiny for glyphs, else dinov2_vits14")
     parser.add_argument("--weights", type=Path, help="weights file of the backbone (default: shipped or downloaded)")
     parser.add_argument("--image-size", type=int, help="side of the network's input in pixels")
@@ -313,9 +313,9 @@ def parse(parser):
     parser.add_argument("--epochs", type=int, default=3, help="epochs a task (default: 3)")
     parser.add_argument("--batch-size", type=int, help="default: 4 for glyphs, else 64")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each (default: 0)")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders (default: runs)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
     parser.add_argument("--predict", type=Path, metavar="PICTURE", help="classify this picture with a finished run")
     args = parser.parse_args()
     small = args.dataset == "glyphs"
