@@ -273,11 +273,14 @@ def save_tensors(path, content):
 def load_tensors(path, mmap=None):
     """What save_tensors wrote, on the CPU, without executing pickles. Raises ValueError for a damaged file."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
     except Exception:                            # bytes that are no PyTorch file make torch.load raise almost anything
-        raise ValueError(f"{path} is damaged: remove it and run the command again") from None
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: remove it and run the command again")
+    return content
 
 
 def save_json(path, content):
@@ -289,9 +292,12 @@ def save_json(path, content):
 def load_json(path):
     """What save_json wrote. Raises ValueError for a damaged file."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError:
-        raise ValueError(f"{path} is damaged: remove it and run the command again") from None
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: remove it and run the command again")
+    return content
 
 
 def checksum(*tensors):

@@ -735,13 +735,20 @@ def test_theta_depends_only_on_seed_and_t(cifar, tmp_path, monkeypatch, capsys):
     assert not torch.equal(thetas[0][0], thetas[0][1])
 
 
-def test_a_memory_of_other_adapters_is_refused(cifar, tmp_path, monkeypatch, capsys):
+def test_damaged_and_swapped_files_of_a_run_are_named(cifar, tmp_path, monkeypatch, capsys):
     words = (*CIFAR, "--data-dir", cifar, "--epochs", 1, "--out", tmp_path)
     assert command(til.main, monkeypatch, capsys, *words)[0] == 0
-    path = tmp_path / "cifar100-20s-vit_tiny-r8-seed0" / "adapters" / "4.pt"
-    data.save_tensors(path, data.load_tensors(path) | {"theta": torch.ones(36_864)})
-    code, out, err = command(til.main, monkeypatch, capsys, *words)
-    assert code == 2 and "adapters/4.pt" in err
+    folder = tmp_path / "cifar100-20s-vit_tiny-r8-seed0"
+    adapter, state = (data.load_tensors(folder / name) for name in ("adapters/4.pt", "hopfield.pt"))
+    for name, content in (("adapters/4.pt", adapter | {"theta": torch.ones(36_864)}), ("adapters/4.pt", adapter | {"theta": torch.ones(5)}),
+                          ("adapters/4.pt", {"head": adapter["head"]}), ("adapters/4.pt", torch.ones(3)), ("adapters/4.pt", b"x" * 999),
+                          ("hopfield.pt", {"keys": state["keys"]}), ("hopfield.pt", [1, 2]), ("config.json", b"[1]"), ("config.json", b"{")):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(content) if isinstance(content, bytes) else torch.save(content, folder / name)
+        code, out, err = command(til.main, monkeypatch, capsys, *words)
+        assert code == 2 and name in err and err.count("\n") == 1, (name, err)
+        (folder / name).write_bytes(whole)
+    assert command(til.main, monkeypatch, capsys, *words)[0] == 0
 
 
 def test_a_loss_that_is_not_finite_is_named(tiny):

@@ -188,14 +188,15 @@ class Run:
         data.open_run(self.folder, self.config)
 
     def adapter(self, t):
-        """What train_adapter returned for task t (1..T)."""
-        return data.load_tensors(self.folder / "adapters" / f"{t}.pt")
-
-    def head(self, t):
-        """The trained classifier of task t."""
-        head = new_head(self.vit, len(self.tasks[0]), None)
-        head.load_state_dict(self.adapter(t)["head"])
-        return head
+        """What train_adapter returned for task t (1..T). Raises ValueError if the file holds something else."""
+        path, head = self.folder / "adapters" / f"{t}.pt", new_head(self.vit, len(self.tasks[0]), None)
+        adapter = data.load_tensors(path)
+        try:
+            lora.set(self.vit, adapter["theta"])
+            head.load_state_dict(adapter["head"])
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
+            raise ValueError(f"{path} does not hold an adapter of this run: remove it to train task {t} again") from None
+        return adapter | {"head": head}
 
     def learn(self, t, images, labels):
         """theta_t: from the folder if it is there, else trained and kept. Depends on nothing but the seed and t."""
@@ -219,8 +220,11 @@ class Run:
             memory, keys = til_training(self.tasks, self.train, memory, self.learn)
             data.save_tensors(path, {"memory": memory.state_dict(), "keys": keys})
         state = data.load_tensors(path)
-        memory.load_state_dict(state["memory"])
-        return memory, state["keys"]
+        try:
+            memory.load_state_dict(state["memory"])
+            return memory, state["keys"]
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise ValueError(f"{path} does not hold a {name} memory of this run: remove it to write it again") from None
 
 
 def assess(run, memory, keys):
@@ -235,7 +239,7 @@ def assess(run, memory, keys):
         if not torch.equal(split_key(thetas[t])[0], keys[t]):
             raise ValueError(f"the memory file in {run.folder} was not written from adapters/{t + 1}.pt: remove it")
         images, labels = data.task(run.test, classes)
-        head = run.head(t + 1)
+        head = run.adapter(t + 1)["head"]
         logits = til_inference(run.vit, head, images, keys[t], memory)
         lists["recalled"].append(evaluate.accuracy(logits, labels))
         lists["recall_error"].append(evaluate.recall_error(lora.get(run.vit).cpu(), thetas[t], len(keys[t])))
@@ -292,7 +296,7 @@ def predict(run, name, picture, t):
         raise FileNotFoundError(f"no finished run in {run.folder}: run the same command without --predict first")
     image = data.square(data.read_picture(picture))[None]
     memory, keys = run.memory(name)
-    logits = til_inference(run.vit, run.head(t), image, keys[t - 1], memory)
+    logits = til_inference(run.vit, run.adapter(t)["head"], image, keys[t - 1], memory)
     probabilities = logits.softmax(1)[0].tolist()
     for probability, label in sorted(zip(probabilities, run.tasks[t - 1]), reverse=True):
         print(f"{100 * probability:6.2f} %  {run.train.classes[label]}")
