@@ -243,7 +243,8 @@ def read_picture(path):
         content = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
         picture = decode_image(content, ImageReadMode.RGB, apply_exif_orientation=True)
     except (RuntimeError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].split(", ", 2)[-1]               # without torchvision's function and source line
+        raise ValueError(f"{path} cannot be read as a picture (JPEG, PNG, GIF or WebP): {reason}") from None
     return v2.functional.to_dtype(picture[0] if picture.ndim == 4 else picture, torch.uint8, scale=True)
 
 
