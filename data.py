@@ -275,7 +275,7 @@ def load_tensors(path, mmap=None):
     """What save_tensors wrote, on the CPU, without executing pickles. Raises ValueError for a damaged file."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception:                            # bytes that are no PyTorch file make torch.load raise almost anything
         content = None
@@ -313,6 +313,9 @@ def open_run(folder, config):
     """Makes a run folder, or continues one that was made with the same config. Raises ValueError naming what differs."""
     path = folder / "config.json"
     if not path.exists():
+        if (folder / "adapters").exists():
+            raise ValueError(f"{path} is missing, so nobody knows what the adapters beside it are: restore it or name "
+                             "another folder with --out")
         save_json(path, config)
     found = load_json(path)
     for key in config:
@@ -346,7 +349,7 @@ def run_command(main):
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(print(f"{script}: error: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(print(f"\n{script}: stopped; finished tasks are kept, the same command goes on", file=sys.stderr) or 130)
+        sys.exit(print(f"\n{script}: stopped; files that were finished are kept", file=sys.stderr) or 130)
 
 
 def main():
@@ -357,7 +360,7 @@ def main():
     parser.add_argument("--out", type=Path, help="PNG file (default: <dataset>.png)")
     args = parser.parse_args()
     train, _ = load(args.dataset, args.data_dir)
-    rows = [task(train, [label])[0][:12] for label in range(0, len(train.classes), len(train.classes) // 12)]
+    rows = [task(train, [label])[0][:12] for label in range(0, len(train.classes), len(train.classes) // 12)][:12]
     out = args.out or Path(f"{args.dataset}.png")
     atomically(out, lambda scratch: write_png(make_grid(torch.cat(rows), nrow=12), str(scratch)))
     print(f"{out}: 12 samples of {len(rows)} of {len(train.classes)} classes")

@@ -81,7 +81,7 @@ def provenance(name, runs):
         return statistics.mean(run[key] for run in runs)
     seeds = ", ".join(str(run["seed"]) for run in runs)
     return (f"{name}: seed {seeds}; {runs[0]['device']}; training {mean('train_seconds'):.0f} s "
-            f"({mean('images_per_second'):,.0f} images/s), whole command {mean('wall_seconds'):.0f} s, "
+            f"({mean('images_per_second'):,.0f} images/s), run with this memory {mean('wall_seconds'):.0f} s, "
             f"peak memory {mean('peak_memory_bytes') / 1e9:.1f} GB; weights {runs[0]['weights']}")
 
 
@@ -106,7 +106,7 @@ def report(results):
 
 def read_runs(folders):
     """The contents of all til-*.json in these run folders. Raises ValueError if there is none."""
-    results = [data.load_json(path) for folder in folders for path in sorted(folder.glob("til-*.json"))]
+    results = [data.load_json(path) for folder in dict.fromkeys(map(Path.resolve, folders)) for path in sorted(folder.glob("til-*.json"))]
     if not results:
         raise ValueError("no til-*.json in these folders: run til.py first")
     return results

@@ -706,13 +706,14 @@ def test_the_main_job_on_a_small_cifar100(cifar, tmp_path, monkeypatch, capsys):
     assert json.loads((folder / "til-disk.json").read_text())["faa"] == result["faa_gt"]
     assert command(til.main, monkeypatch, capsys, *words[:-3], "--memory", "bayespcn")[0] == 0
     bayespcn = json.loads((folder / "til-bayespcn.json").read_text())
-    assert 0 < bayespcn["recall_error"]["max"] < 0.1 and bayespcn["faa_gt"] == result["faa_gt"]
+    assert 0 < bayespcn["recall_error"]["max"] < 0.3 and bayespcn["faa_gt"] == result["faa_gt"]
     code, out, err = command(evaluate.main, monkeypatch, capsys, *tmp_path.iterdir())
     assert code == 0 and "M = disk" in out and "M = bayespcn" in out and f"{result['faa_gt']:.2f}"[:2] in out and "(2)" in out
     code, out, err = command(til.main, monkeypatch, capsys, *words, "--rank", 8, "--epochs", 2)
     assert code == 2 and "epochs 3" in err and "epochs 2" in err
     picture = tmp_path / "p.png"
     write_png(data.load("cifar100", cifar)[1].images[0], str(picture))
+    words = words[:-3]                                                   # one seed
     code, out, err = command(til.main, monkeypatch, capsys, *words, "--predict", picture, "--task", 20)
     assert code == 0 and out.count("colour") == 5 and sum(float(line.split()[0]) for line in out.splitlines()) == pytest.approx(100, abs=0.05)
     for bad, said in (((picture, 21), "--task takes 1 to 20"), ((tmp_path / "none.png", 1), "none.png")):
@@ -726,6 +727,7 @@ def test_theta_depends_only_on_seed_and_t(cifar, tmp_path, monkeypatch, capsys):
     assert command(til.main, monkeypatch, capsys, *words, "--out", tmp_path / "a")[0] == 0
     a, b = (tmp_path / name / "cifar100-20s-vit_tiny-r8-seed0" for name in "ab")
     (b / "adapters").mkdir(parents=True)
+    (b / "config.json").write_bytes((a / "config.json").read_bytes())
     for t in (2, 3, 9):                                                  # as if these alone had been finished
         (b / "adapters" / f"{t}.pt").write_bytes((a / "adapters" / f"{t}.pt").read_bytes())
     torch.rand(5)                                                        # the global generator must not matter
@@ -748,7 +750,12 @@ def test_damaged_and_swapped_files_of_a_run_are_named(cifar, tmp_path, monkeypat
         code, out, err = command(til.main, monkeypatch, capsys, *words)
         assert code == 2 and name in err and err.count("\n") == 1, (name, err)
         (folder / name).write_bytes(whole)
+    (folder / "adapters" / "4.pt").unlink()                              # trained again, to the same bits
     assert command(til.main, monkeypatch, capsys, *words)[0] == 0
+    assert torch.equal(data.load_tensors(folder / "adapters" / "4.pt")["theta"], adapter["theta"])
+    (folder / "config.json").unlink()
+    code, out, err = command(til.main, monkeypatch, capsys, *words)
+    assert code == 2 and "config.json is missing" in err
 
 
 def test_a_loss_that_is_not_finite_is_named(tiny):
@@ -762,7 +769,7 @@ def test_a_loss_that_is_not_finite_is_named(tiny):
     (("--splits", 7), "do not divide"), (("--splits", 0), "at least 1"), (("--splits", "x"), "invalid int"),
     (("--dataset", "mnist"), "mnist"), (("--memory", "brain"), "brain"), (("--backbone", "resnet"), "resnet"),
     (("--weights", "no/such.pt"), "no/such.pt"), (("--image-size", 17), "positive multiple of the patch"), (("--image-size", -8), "image size -8"),
-    (("--rank", 0), "--rank"), (("--epochs", 0), "--epochs"), (("--batch-size", -1), "--batch-size"), (("--nonsense",), "nonsense"),
+    (("--rank", 0), "--rank"), (("--seeds", -1), "--seeds"), (("--seeds", 1, 1), "--seeds"), (("--epochs", 0), "--epochs"), (("--batch-size", -1), "--batch-size"), (("--nonsense",), "nonsense"),
     (("--device", "tpu"), "--device"), (("--predict", "p.png"), "--task"), (("--task", 1), "--predict"),
     (("--predict", "p.png", "--task", 1), "without --predict first")])
 def test_mistakes_on_the_command_line(cifar, tmp_path, monkeypatch, capsys, words, said):

@@ -185,6 +185,8 @@ class Run:
             "weight_decay": WEIGHT_DECAY, "weights": weights,
             "train_images": len(train.labels), "train_data": data.checksum(train.labels, train.images[::97]),
             "test_images": len(test.labels), "test_data": data.checksum(test.labels, test.images[::97])}
+        if args.predict and not (self.folder / f"{args.memory}.pt").exists():
+            raise FileNotFoundError(f"no finished run in {self.folder}: run the same command without --predict first")
         data.open_run(self.folder, self.config)
 
     def adapter(self, t):
@@ -219,9 +221,14 @@ class Run:
         if not path.exists():
             memory, keys = til_training(self.tasks, self.train, memory, self.learn)
             data.save_tensors(path, {"memory": memory.state_dict(), "keys": keys})
+        for t, classes in enumerate(self.tasks, 1):                          # an adapter that was removed is trained again
+            if not (self.folder / "adapters" / f"{t}.pt").exists():
+                self.learn(t, *data.task(self.train, classes))
         state = data.load_tensors(path)
         try:
             memory.load_state_dict(state["memory"])
+            if len(state["keys"]) != len(self.tasks):
+                raise ValueError
             return memory, state["keys"]
         except (KeyError, TypeError, AttributeError, ValueError):
             raise ValueError(f"{path} does not hold a {name} memory of this run: remove it to write it again") from None
@@ -292,11 +299,11 @@ def predict(run, name, picture, t):
     """Algorithm 2 on a picture file: prints the classes of task t by name with their probabilities."""
     if not 1 <= t <= len(run.tasks):
         raise ValueError(f"there is no task {t}: --task takes 1 to {len(run.tasks)}")
-    if not (run.folder / f"{name}.pt").exists():
-        raise FileNotFoundError(f"no finished run in {run.folder}: run the same command without --predict first")
     image = data.square(data.read_picture(picture))[None]
     memory, keys = run.memory(name)
     logits = til_inference(run.vit, run.adapter(t)["head"], image, keys[t - 1], memory)
+    if not logits.isfinite().all():
+        raise ValueError(f"the answer is not a number: {name}.pt or adapters/{t}.pt in {run.folder} is damaged, remove both")
     probabilities = logits.softmax(1)[0].tolist()
     for probability, label in sorted(zip(probabilities, run.tasks[t - 1]), reverse=True):
         print(f"{100 * probability:6.2f} %  {run.train.classes[label]}")
@@ -328,6 +335,8 @@ def parse(parser):
     for option in ("splits", "rank", "epochs", "batch_size"):
         if getattr(args, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}: it must be at least 1")
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds {args.seeds}: they must be different numbers, none below 0")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise ValueError(f"--device {args.device}: choose cpu, cuda or cuda:N")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
@@ -344,6 +353,8 @@ def main():
     args = parse(parser)
     if (args.predict is None) != (args.task is None):
         raise ValueError("--predict PICTURE and --task T go together")
+    if args.predict and len(args.seeds) > 1:
+        raise ValueError(f"--predict takes one run, --seeds names {len(args.seeds)}")
     train, test = data.load(args.dataset, args.data_dir)
     if args.predict:
         return predict(Run(args, args.seeds[0], train, test), args.memory, args.predict, args.task)

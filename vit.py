@@ -161,7 +161,7 @@ def read_weights(name, weights):
                                 "--weights FILE, or use --backbone vit_tiny, which ships with the project") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights file {path}: give an existing file with --weights") from None
-    except OSError:
+    except PermissionError:
         raise
     except Exception:                            # bytes that are no PyTorch file make torch.load raise almost anything
         raise ValueError(f"{path or url} is not a whole file of PyTorch weights: fetch it again") from None
