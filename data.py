@@ -74,6 +74,7 @@ def cifar100(data_dir):
 
 
 def cifar100_half(path, classes):
+    """Images of the file `train` or `test`; raises ValueError if it does not hold what it should."""
     content = read_arrays(path)
     pixels, labels = np.asarray(content["data"]), np.asarray(content["fine_labels"])
     if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3 * 32 * 32):
@@ -145,6 +146,7 @@ def decode_tiny_imagenet(folder, n_classes=200, n_train=500, n_val=50):
 
 
 def read_lines(path):
+    """The lines of a text file of the data set; raises FileNotFoundError saying what to do."""
     try:
         return path.read_text().splitlines()
     except FileNotFoundError:
