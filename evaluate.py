@@ -1,11 +1,28 @@
-"""Metrics (paper, section 4), and the paper's tables over finished runs.
+"""Metrics (paper, section 4), the paper's tables over finished runs, and two experiments on the memories alone.
 
     python evaluate.py runs/*            # our mean +- standard deviation (number of seeds), the paper's figures beside them
+    python evaluate.py bench             # time, bytes and recall error of the memories as T and P grow
+    python evaluate.py probe runs/X      # what a run's memories recall from noisy, short and faded cues
 """
+import copy
+import math
+import platform
+import resource
 import statistics
+import sys
+import tempfile
+import time
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+import torchvision
+from torchvision.io import write_png
+from torchvision.utils import make_grid
+
 import data
+from bayespcn import BayesPCN
+from hopfield import Hopfield
 
 # Table 1 of the paper: mean and standard deviation over three seeds, in percent.
 PAPER = {
@@ -112,11 +129,328 @@ def read_runs(folders):
     return results
 
 
+# ---- the literal BayesPCN ----------------------------------------------------------------------------------------------------
+# The plain version: R_0 in its full width at every step, no Gram matrix, autograd and torch.optim.Adam. It is the oracle of the
+# tests and the yardstick of `bench`.
+
+def literal_energy(memory, x0, xs, m):
+    """E of x0 (|x|,), the first columns of x^0, and xs = [x1 (H,), ..], layer by layer, with m log v_0."""
+    R, targets, E = [memory.R[0][:, :len(x0)], *memory.R[1:]], [x0, *xs], 0
+    for l, above in enumerate(xs):
+        z = F.gelu(above)
+        v = memory.s2 + z @ memory.U[l] @ z
+        q = (targets[l] - z.to(R[l]) @ R[l]).square().sum().to(v)            # R[0] may be on a GPU, the rest is not
+        E = E + (q / v + (len(above) if l else m) * torch.log(2 * math.pi * v)) / 2
+    v = memory.s2 + memory.u
+    return E + ((xs[-1] - memory.r).square().sum() / v + len(xs[-1]) * math.log(2 * math.pi * v)) / 2
+
+
+def literal_descent(memory, energy, start):
+    """The tensors `start` after Adam on energy(tensors), with the memory's schedule and stop."""
+    x, before = [s.clone().requires_grad_() for s in start], math.inf
+    adam = torch.optim.Adam(x, lr=memory.lr)
+    for i in range(memory.steps):
+        adam.param_groups[0]["lr"] = memory.lr * min(1, (1 - i / memory.steps) / 0.7)
+        E = energy(x)
+        if abs(E.item() - before) < 1e-3:
+            break
+        before = E.item()
+        adam.zero_grad()
+        E.backward()
+        adam.step()
+    return [s.detach() for s in x]
+
+
+def start_of(memory, stream):
+    """The hidden activations [x1 (H,), ..] from which a descent starts. stream: L for reads, L + 1 + t for write t."""
+    return [*memory._normal(stream, memory.layers - 1, memory.hidden)]
+
+
+def literal_write(memory, key, value):
+    """What memory.write(key, value) does."""
+    theta, start = torch.cat([key, value]).to(memory.R[0]), start_of(memory, memory.layers + 1 + memory.count)
+    x = literal_descent(memory, lambda x: literal_energy(memory, theta, x, memory.dim), start)
+    memory.condition([row[None] for row in (theta, *x)])
+
+
+def literal_read(memory, key):
+    """What memory.read does with one key (|k|,); `joint` moves the missing values too, as Yoo & Wood's code does."""
+    k, start = key.to(memory.R[0]), start_of(memory, memory.layers)
+    if memory.read_mode == "joint":
+        start.append(k.new_zeros(memory.dim - len(k)))
+        *_, value = literal_descent(memory, lambda x: literal_energy(memory, torch.cat([k, x[-1]]), x[:-1], memory.dim), start)
+    else:
+        x = literal_descent(memory, lambda x: literal_energy(memory, k, x, len(k)), start)
+        value = F.gelu(x[0]).to(k) @ memory.R[0][:, len(k):]
+    return torch.cat([key, value.to(key)])
+
+
+# ---- bench: the memories as T and P grow -------------------------------------------------------------------------------------
+
+KEY_SHARE = 0.1                                                              # as in til.py, which imports this file
+READS = {"bayespcn": "marginal", "bayespcn-joint": "joint"}                  # two ways to read one memory
+VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+
+
+def split_keys(thetas):
+    """thetas (n, P) -> keys (n, |k|) and values (n, P - |k|)."""
+    n_key = math.floor(KEY_SHARE * thetas.shape[1])
+    return thetas[:, :n_key], thetas[:, n_key:]
+
+
+def recall_errors(theta_hat, thetas):
+    """recall_error of each row of theta_hat (n, P), a list."""
+    return [recall_error(*pair, split_keys(thetas)[0].shape[1]) for pair in zip(theta_hat, thetas)]
+
+
+def columns(lines):
+    """Lines of cells between | as text: the first column to the left, the others to the right."""
+    rows = [line.split("|") for line in lines]
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    return "".join(f"{row[0]:{widths[0]}}" + "".join(map(str.rjust, row[1:], widths[1:])) + "\n" for row in rows)
+
+
+class Files:
+    """The yardstick `disk`: one file for each theta, named after its key."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def write(self, key, value):
+        """Stores key (|k|,) with value (P - |k|,)."""
+        torch.save(torch.cat([key, value]), self.folder / data.checksum(key.cpu()))
+
+    def read(self, keys):
+        """thetas (n, P) of keys (n, |k|), one file after the other."""
+        return torch.stack([torch.load(self.folder / data.checksum(key.cpu()), weights_only=True) for key in keys])
+
+    @property
+    def nbytes(self):
+        """Size of the files in bytes."""
+        return sum(path.stat().st_size for path in self.folder.iterdir())
+
+
+def lora_like(dim, t, rank=8, width=384):
+    """A made-up theta_t (dim,): A and B in turn, r d elements each, as in the adapters of a ViT-S; cut off at dim.
+
+    A is drawn as in lora.py; B is as wide as training leaves it, 0.030 rms in 50 adapters of TinyImageNet (whose A has 0.040).
+    """
+    generator = data.generator(dim, t)
+    A = (2 * torch.rand(dim, generator=generator) - 1) / math.sqrt(width)
+    B = 0.03 * torch.randn(dim, generator=generator)
+    return torch.where(torch.arange(dim) // (rank * width) % 2 == 0, A, B)
+
+
+def timed(function, *args):
+    """function(*args) and its seconds; the clock is read when a GPU has done all that it was asked to."""
+    def clock():
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+    start = clock()
+    return function(*args), clock() - start
+
+
+def measure(memory, thetas):
+    """Reads all thetas (T, P): milliseconds per item, bytes, relative squared errors of the values, in the order of writing."""
+    keys, _ = split_keys(thetas)
+    theta_hat, together = timed(memory.read, keys)
+    few = keys[::math.ceil(len(keys) / 10)]                                  # at most 10: one by one is slow
+    _, alone = timed(lambda: [memory.read(key[None]) for key in few])
+    errors = [float(f"{error ** 2:.4g}") for error in recall_errors(theta_hat, thetas)]
+    return {"read_ms": 1e3 * together / len(keys), "alone_ms": 1e3 * alone / len(few), "bytes": memory.nbytes,
+            "mean": statistics.mean(errors), "first": errors[0], "last": errors[-1], "max": max(errors), "errors": errors}
+
+
+def literal_ms(memory, theta):
+    """Milliseconds of the literal descent for writing theta (P,) to a copy of the memory, and for reading it there each way."""
+    twin, (key, value) = copy.deepcopy(memory), (part[0] for part in split_keys(theta[None]))
+    seconds = {"write": timed(literal_write, twin, key, value)[1]}
+    for name, mode in READS.items():
+        twin.read_mode = mode
+        seconds[name] = timed(literal_read, twin, key)[1]
+    return {name: 1e3 * s for name, s in seconds.items()}
+
+
+def bench_memory(memory, thetas, counts, label):
+    """Writes thetas (T, P) one after the other and measures at every T in counts. Returns rows of the JSON file."""
+    rows, ms, literal, T, P = [], [], {}, *thetas.shape
+    for t, (key, value) in enumerate(data.progress(zip(*split_keys(thetas)), T, f"P {P}, {label}"), 1):
+        ms.append(1e3 * timed(memory.write, key, value)[1])
+        if t not in counts:
+            continue
+        before = rows[-1]["T"] if rows else 0
+        for name, mode in READS.items() if isinstance(memory, BayesPCN) else [(label, None)]:
+            memory.read_mode = mode
+            rows.append({"P": P, "memory": name, "hidden": getattr(memory, "hidden", None), "T": t,
+                         "write_ms": statistics.mean(ms[before:]), **measure(memory, thetas[:t])})
+            if mode:                                                         # a BayesPCN
+                literal = literal or literal_ms(memory, lora_like(P, T).to(thetas))
+                ratio = t * (literal["write"] + literal[name]) / (sum(ms) + t * rows[-1]["read_ms"])
+                rows[-1] |= {"literal_write_ms": literal["write"], "literal_read_ms": literal[name], "speedup": ratio}
+    return rows
+
+
+TITLE = "P = {P:,}|T|write ms|read ms|alone ms|MB|error: mean|first|last|max"
+ROW = "{memory} {hidden}|{T}|{write_ms:.1f}|{read_ms:.1f}|{alone_ms:.1f}|{MB:.1f}|{mean:.4f}|{first:.4f}|{last:.4f}|{max:.4f}"
+LITERAL = "{memory} {hidden}, T = {T}: {speedup:.0f} x literal (write {literal_write_ms:,.0f}, read {literal_read_ms:,.0f} ms)"
+LEGEND = """\
+write     ms per item since the T above; read: all keys as one batch, ms per item; alone: at most 10 keys, one by one
+error     |theta_hat - theta|^2 / |theta|^2 on the part that was not in the key; first and last in the order of writing
+literal   the descent in full width, without Gram matrix, timed on one write and one read at the smallest T; that times T,
+          over writing all T and reading them as one batch, is the factor"""
+
+
+def bench(words):
+    """Time, bytes and recall error of the memories on made-up thetas, as their number T and length P grow."""
+    parser = data.Parser(prog="evaluate.py bench", description=bench.__doc__,
+                         epilog="example: python evaluate.py bench --sizes 18432 --counts 20 100")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[18432, 147456, 294912], help="P (default: %(default)s)")
+    parser.add_argument("--counts", type=int, nargs="+", default=[20, 100, 200, 300], help="T (default: %(default)s)")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[256], help="H of BayesPCN (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the thetas and R_0 are (default: cpu)")
+    parser.add_argument("--out", type=Path, help="JSON file (default: results/bench-<device>.json)")
+    args = parser.parse_args(words)
+    for option, least in (("sizes", 10), ("counts", 1), ("hidden", 1)):      # of 10 elements, one is the key
+        if min(getattr(args, option)) < least:
+            raise ValueError(f"--{option} {min(getattr(args, option))}: it must be at least {least}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no CUDA GPU that PyTorch can use; try --device cpu")
+    start, rows, counts = time.perf_counter(), [], sorted(set(args.counts))
+    for P in args.sizes:
+        new, thetas = [], torch.stack([lora_like(P, t) for t in range(counts[-1])]).to(args.device)
+        with tempfile.TemporaryDirectory() as folder:
+            new += bench_memory(Files(folder), thetas, counts, "disk")
+        new += bench_memory(Hopfield(), thetas, counts, "hopfield")
+        for hidden in args.hidden:
+            new += bench_memory(BayesPCN(P, hidden, device=args.device), thetas, counts, "bayespcn")
+        cells = [ROW.format(**row | {"MB": row["bytes"] / 1e6, "hidden": row["hidden"] or ""}) for row in new]
+        print(columns([TITLE.format(P=P), *cells]))
+        print(*(LITERAL.format(**row) for row in new if "speedup" in row), "", sep="\n", flush=True)
+        rows += new
+    out = args.out or Path(f"results/bench-{args.device}.json")
+    data.save_json(out, {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU", "threads": torch.get_num_threads(),
+        "seconds": time.perf_counter() - start, "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "versions": VERSIONS, "rows": rows})
+    print(LEGEND, out, sep="\n")
+
+
+# ---- probe: the memories of a finished run under harder cues -----------------------------------------------------------------
+
+NOISE, SHARES = (0, 0.1, 0.3, 1, 3, 10, 30, 100), (0.1, 0.05, 0.02, 0.01, 0.001)      # times the key's rms; of theta
+BETAS, FORGET = (0.01, 0.1, 0.3, 1, 5, 25, 100), (0, 0.01, 0.1, 0.3, 0.5)
+PANELS = (0.1, 0.3, 1, 25)                                                   # the betas of probe-softmax.png
+
+
+def load_run(run):
+    """config and thetas (T, P) of a run folder. Raises ValueError if it is not a finished one."""
+    config = data.load_json(run / "config.json")
+    try:
+        paths = [run / "adapters" / f"{t}.pt" for t in range(1, config["splits"] + 1)]
+        return config, torch.stack([data.load_tensors(path)["theta"] for path in paths])
+    except (FileNotFoundError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{run} does not hold all adapters of a run ({error}): finish it with til.py") from None
+
+
+def probe_row(probe, level, thetas, cues, hopfield=None, bayespcn=None):
+    """Relative errors of thetas (n, P) recalled from cues (n, w), w <= |k|; Hopfield's smallest weight of the right item.
+
+    BayesPCN takes a cue of any width. Hopfield's is padded with zeros: what is unknown contributes nothing to K^T k.
+    """
+    errors, weight = {}, None
+    if hopfield:
+        padded = F.pad(cues, (0, len(hopfield.K) - cues.shape[1]))
+        errors["hopfield"], weight = recall_errors(hopfield.read(padded), thetas), smallest_weight(hopfield, padded)
+    for name, mode in READS.items() if bayespcn else ():
+        bayespcn.read_mode = mode
+        errors[name] = recall_errors(bayespcn.read(cues), thetas)
+    means = {name: statistics.mean(values) for name, values in errors.items()}
+    return {"probe": probe, "level": level, "smallest_weight": weight, **means, "per_task": errors}
+
+
+def probe_rows(thetas, generator):
+    """Writes thetas (T, P) to both memories and probes them. Returns rows of the JSON file, and the Hopfield memory."""
+    (T, P), (keys, values), rows = thetas.shape, split_keys(thetas), []
+    hopfield, bayespcn = Hopfield(), BayesPCN(P)
+    for n in data.progress(range(1, T + 1), T, "writing"):
+        hopfield.write(keys[n - 1], values[n - 1])
+        bayespcn.write(keys[n - 1], values[n - 1])
+        if n in {math.ceil(T * fifth / 5) for fifth in range(1, 6)}:
+            rows.append(probe_row("stored tasks", n, thetas[:n], keys[:n], hopfield, bayespcn))
+    noise = torch.randn(keys.shape, generator=generator) * keys.square().mean(1, keepdim=True).sqrt()
+    cues = [("noise", level, keys + level * noise) for level in NOISE]
+    cues += [("cue share", share, keys[:, :max(1, math.floor(share * P))]) for share in SHARES]
+    for probe, level, cue in data.progress(cues, len(cues), "reading"):
+        rows.append(probe_row(probe, level, thetas, cue, hopfield, bayespcn))
+    for strength in data.progress(FORGET, len(FORGET), "forgetting"):
+        faded = copy.deepcopy(bayespcn)
+        faded.forget(strength)
+        rows.append(probe_row("forget", strength, thetas, keys, None, faded))
+    rows += [probe_row("beta", beta, thetas, keys, with_beta(hopfield, beta)) for beta in BETAS]
+    return rows, hopfield
+
+
+def with_beta(hopfield, beta):
+    """The same memory, K and V shared, with another beta."""
+    other = Hopfield()
+    other.load_state_dict(hopfield.state_dict() | {"beta": beta})
+    return other
+
+
+def draw(path, panels, nrow, height=None):
+    """PNG of panels (rows, columns) of numbers, nrow side by side: colours run with the square root from 0 to 1 and more."""
+    anchors = torch.tensor([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37.0]])   # viridis
+    x = torch.stack(panels).float().clamp(0, 1).sqrt() * (len(anchors) - 1)  # (n, rows, columns)
+    below = x.long().clamp(max=len(anchors) - 2)
+    rgb = torch.lerp(anchors[below], anchors[below + 1], (x - below)[..., None]).byte().permute(0, 3, 1, 2)
+    width = max(1, 1000 // (nrow * x.shape[2]))                              # of a cell, in pixels, as is `height`
+    rgb = rgb.repeat_interleave(height or width, 2).repeat_interleave(width, 3)
+    if width >= 4:                                                           # room for a line between cells
+        rgb[:, :, ::height or width], rgb[..., ::width] = 80, 80
+    data.atomically(path, lambda scratch: write_png(make_grid(rgb, nrow=nrow, padding=6, pad_value=255), str(scratch)))
+
+
+def probe(words):
+    """What the memories of a finished run recall from noisy, short and faded cues, and with another beta."""
+    parser = data.Parser(prog="evaluate.py probe", description=probe.__doc__, epilog="example: python evaluate.py probe runs/X")
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--out", type=Path, help="folder for probe.json and two PNG files (default: the run's)")
+    args = parser.parse_args(words)
+    config, thetas = load_run(args.run)
+    rows, hopfield = probe_rows(thetas, data.generator(config["seed"]))
+    out, names = args.out or args.run, ("hopfield", "smallest_weight", *READS)
+    data.save_json(out / "probe.json", {"config": config, "P": thetas.shape[1], "versions": VERSIONS, "rows": rows})
+    errors = [[row["per_task"][name] for row in rows if row["probe"] == "noise"] for name in ("hopfield", "bayespcn")]
+    draw(out / "probe-noise.png", [torch.tensor(x) for x in errors], 1, 30)
+    keys, _ = split_keys(thetas)
+    draw(out / "probe-softmax.png", [with_beta(hopfield, beta).attention(keys) for beta in PANELS], len(PANELS))
+    cells = [[f"{row[name]:.4f}" if row.get(name) is not None else "–" for name in names] for row in rows]
+    lines = ["|".join((f"{row['probe']} {row['level']}", *line)) for row, line in zip(rows, cells)]
+    print(columns(["|".join(("recall error", *names)), *lines]))
+    print(f"""{out}/probe.json
+{out}/probe-noise.png    recall error, 0 dark, 1 and more bright; hopfield above, bayespcn below
+                         a column for each task, a row for each noise {NOISE}
+{out}/probe-softmax.png  Hopfield's weights, 0 dark, 1 bright; a panel for each beta {PANELS}
+                         a row for each cue, a column for each stored task""")
+
+
+# ---- command line ------------------------------------------------------------------------------------------------------------
+
+def tables(words):
+    """The paper's tables over finished runs."""
+    parser = data.Parser(description=tables.__doc__, epilog="example: python evaluate.py runs/*   More: bench -h, probe -h")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or `bench`, or `probe`")
+    print(report(read_runs(parser.parse_args(words).runs)))
+
+
+COMMANDS = {"bench": bench, "probe": probe}
+
+
 def main():
-    """Prints the tables of finished runs."""
-    parser = data.Parser(description="The paper's tables over finished runs.", epilog="example: python evaluate.py runs/*")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
-    print(report(read_runs(parser.parse_args().runs)))
+    """The command that the first word names, else the tables."""
+    words = sys.argv[1:]
+    COMMANDS[words[0]](words[1:]) if words and words[0] in COMMANDS else tables(words)
 
 
 if __name__ == "__main__":

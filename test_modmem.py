@@ -25,6 +25,7 @@ import lora
 import til
 import vit as substrate
 from bayespcn import BayesPCN
+from evaluate import literal_descent, literal_energy, start_of
 
 HERE = Path(__file__).parent
 
@@ -314,37 +315,6 @@ def state_of(memory):
 
 def equal(a, b):
     return all(map(torch.equal, a, b))
-
-
-def literal_energy(memory, x0, xs, m):
-    """E of x0 (|x|,), the first columns of x^0, and xs = [x1 (H,), ..], D-wide and layer by layer, with m log v_0."""
-    R, targets, E = [memory.R[0][:, :len(x0)], *memory.R[1:]], [x0, *xs], 0
-    for l, above in enumerate(xs):
-        z = F.gelu(above)
-        v = 0.01 ** 2 + z @ memory.U[l] @ z
-        E = E + ((targets[l] - z @ R[l]).pow(2).sum() / v + (len(above) if l else m) * torch.log(2 * np.pi * v)) / 2
-    v = torch.tensor(0.01 ** 2 + memory.u, dtype=torch.float64)
-    return E + ((xs[-1] - memory.r).pow(2).sum() / v + len(xs[-1]) * torch.log(2 * np.pi * v)) / 2
-
-
-def literal_descent(memory, energy, start):
-    """torch.optim.Adam and autograd on the tensors `start`, with the module's schedule and stop."""
-    x, before = [s.clone().requires_grad_() for s in start], np.inf
-    adam = torch.optim.Adam(x, lr=memory.lr)
-    for i in range(memory.steps):
-        adam.param_groups[0]["lr"] = memory.lr * min(1, (1 - i / memory.steps) / 0.7)
-        E = energy(x)
-        if abs(E.item() - before) < 1e-3:
-            break
-        before = E.item()
-        adam.zero_grad()
-        E.backward()
-        adam.step()
-    return [s.detach() for s in x]
-
-
-def start_of(memory, stream):
-    return [*memory._normal(stream, memory.layers - 1, memory.hidden)]
 
 
 def test_bayespcn_equals_yoo_and_woods_figures():
@@ -779,8 +749,9 @@ def test_mistakes_on_the_command_line(cifar, tmp_path, monkeypatch, capsys, word
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_without_a_gpu(monkeypatch, capsys):
-    code, out, err = command(til.main, monkeypatch, capsys, "--device", "cuda")
-    assert code == 2 and "no CUDA GPU" in err
+    for main, words in ((til.main, ()), (evaluate.main, ("bench",))):
+        code, out, err = command(main, monkeypatch, capsys, *words, "--device", "cuda")
+        assert code == 2 and "no CUDA GPU" in err
 
 
 def test_without_network_and_data_one_line_says_what_to_do(tmp_path):
@@ -803,6 +774,103 @@ def test_metrics_by_hand():
     theta, theta_hat = torch.tensor([9.0, 3.0, 4.0]), torch.tensor([0.0, 3.0, 3.0])
     assert evaluate.recall_error(theta_hat, theta, 1) == pytest.approx(0.2)
     assert evaluate.number([1.0, 3.0]) == "2.00 ± 1.41 (2)" and evaluate.number([1.5]) == "1.50 (1)"
+
+
+class Quick(BayesPCN):
+    """A small BayesPCN with few steps."""
+
+    def __init__(self, dim, hidden=32, **options):
+        super().__init__(dim, hidden, steps=100, **options)
+
+
+def test_bench_measures_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "BayesPCN", Quick)
+    words = ("bench", "--sizes", 480, "--counts", 5, 3, "--hidden", 8, "--out", tmp_path / "b.json")
+    code, out, err = command(evaluate.main, monkeypatch, capsys, *words)
+    content = json.loads((tmp_path / "b.json").read_text())
+    assert code == 0 and "P = 480" in out and out.count(" x literal ") == 4, err
+    assert {"device", "threads", "seconds", "peak_memory_bytes", "versions", "rows"} == set(content)
+    rows, P, T, n_key = {}, 480, 5, 48
+    for row in content["rows"]:
+        rows[row["memory"], row["T"]], errors = row, row["errors"]
+        assert len(errors) == row["T"] and (row["first"], row["last"], row["max"]) == (errors[0], errors[-1], max(errors))
+        assert row["mean"] == pytest.approx(sum(errors) / row["T"])
+        assert min(row["write_ms"], row["read_ms"], row["alone_ms"]) > 0
+    assert set(rows) == {(name, T) for name in ("disk", "hopfield", "bayespcn", "bayespcn-joint") for T in (3, 5)}
+    thetas = torch.stack([evaluate.lora_like(P, t) for t in range(T)])
+    assert torch.equal(evaluate.split_keys(thetas)[0][0], til.split_key(thetas[0])[0])
+    assert rows["disk", T]["max"] == 0 and rows["disk", T]["bytes"] > T * P * 4
+    assert rows["hopfield", T]["bytes"] == T * P * 4
+    blend = F.scaled_dot_product_attention(thetas[:, :n_key].double(), thetas[:, :n_key].double(), thetas.double(), scale=25)
+    expected = (blend - thetas)[:, n_key:].square().sum(1) / thetas[:, n_key:].square().sum(1)
+    assert rows["hopfield", T]["errors"] == pytest.approx(expected.tolist(), rel=1e-3)
+    assert rows["bayespcn", T]["bytes"] == 8 * (8 * P + 2 * 8 * 8 + 3 * 8 * 8 + 8)          # R, U, r in float64
+    ours = Quick(P, 8)
+    for theta in thetas:
+        ours.write(theta[:n_key], theta[n_key:])
+    ours.read_mode = "joint"
+    for i, error in enumerate(rows["bayespcn-joint", T]["errors"]):
+        assert error == pytest.approx(evaluate.recall_error(ours.read(thetas[i, :n_key]), thetas[i], n_key) ** 2, rel=0.01)
+
+
+def test_the_literal_write_and_read_are_the_fast_ones():
+    (memory, thetas), (twin, _) = stored(5), stored(5)
+    for m in (memory, twin):
+        m.steps = 100
+    new = vectors(1, 60, seed=9)[0]
+    memory.write(new[:20], new[20:])
+    evaluate.literal_write(twin, new[:20], new[20:])
+    for a, b in zip(state_of(memory), state_of(twin)):
+        assert (a - b).norm() <= 1e-6 * b.norm()
+    for mode, tolerance in (("marginal", 1e-5), ("joint", 0.5)):             # joint moves the missing values: 100 steps are few
+        memory.read_mode = twin.read_mode = mode
+        ours, literal = memory.read(thetas[2, :20]), evaluate.literal_read(twin, thetas[2, :20])
+        assert torch.equal(ours[:20], literal[:20]) and (ours - literal).norm() < tolerance * literal.norm()
+
+
+def run_folder(folder, thetas):
+    """The parts of a finished run that `probe` reads."""
+    for t, theta in enumerate(thetas, 1):
+        data.save_tensors(folder / "adapters" / f"{t}.pt", {"theta": theta, "head": {}})
+    data.save_json(folder / "config.json", {"dataset": "made up", "splits": len(thetas), "rank": 8, "seed": 3})
+
+
+def test_probe_tells_exact_recall_from_the_mean(tmp_path, monkeypatch, capsys):
+    T, P, n_key = 6, 400, 40
+    thetas = 0.5 * randn(T, P)                   # K^T k is about 10 on the diagonal and 1.6 beside it
+    monkeypatch.setattr(evaluate, "BayesPCN", Quick)
+    run_folder(tmp_path / "run", thetas)
+    code, out, err = command(evaluate.main, monkeypatch, capsys, "probe", tmp_path / "run", "--out", tmp_path / "out")
+    assert code == 0 and "cue share 0.001" in out, err
+    content = json.loads((tmp_path / "out" / "probe.json").read_text())
+    rows = {(row["probe"], row["level"]): row for row in content["rows"]}
+    assert content["config"]["dataset"] == "made up" and content["versions"]["torch"] == torch.__version__
+    assert rows["noise", 0]["hopfield"] == 0 and rows["noise", 0]["smallest_weight"] == 1
+    assert rows["noise", 100]["hopfield"] > 0.5 > 0.2 > rows["noise", 0]["bayespcn"]
+    blend = torch.softmax(0.01 * thetas[:, :n_key] @ thetas[:, :n_key].T, 1) @ thetas
+    by_hand = [evaluate.recall_error(blend[t], thetas[t], n_key) for t in range(T)]
+    assert rows["beta", 0.01]["per_task"]["hopfield"] == pytest.approx(by_hand, rel=1e-4)
+    mean = [evaluate.recall_error(thetas.mean(0), thetas[t], n_key) for t in range(T)]
+    assert rows["beta", 0.01]["per_task"]["hopfield"] == pytest.approx(mean, rel=0.1)
+    assert rows["cue share", 0.1]["per_task"] == rows["noise", 0]["per_task"] == rows["stored tasks", T]["per_task"]
+    forgotten = [rows["forget", strength]["bayespcn"] for strength in evaluate.FORGET]
+    assert forgotten == sorted(forgotten) and forgotten[0] == pytest.approx(rows["noise", 0]["bayespcn"], rel=1e-3)
+    width, cell = 1000 // T * T, 1000 // (4 * T)
+    for name, size in (("noise", (3, 2 * 30 * len(evaluate.NOISE) + 18, width + 12)), ("softmax", (3, T * cell + 12, 4 * T * cell + 30))):
+        assert data.read_picture(tmp_path / "out" / f"probe-{name}.png").shape == size
+    assert not (tmp_path / "run" / "probe.json").exists()
+
+
+@pytest.mark.parametrize("words, said", [
+    (("bench", "--sizes", 9), "--sizes 9"), (("bench", "--counts", 3, 0), "--counts 0"), (("bench", "--hidden", -1), "--hidden -1"),
+    (("bench", "--device", "tpu"), "--device"), (("probe", "no/such"), "no/such/config.json"), (("probe",), "run"), ((), "runs"),
+    (("probe", "{empty}"), "does not hold all adapters")])
+def test_mistakes_in_evaluate(tmp_path, monkeypatch, capsys, words, said):
+    run_folder(tmp_path, [randn(40)])
+    (tmp_path / "adapters" / "1.pt").unlink()
+    words = [str(word).format(empty=tmp_path) for word in words]
+    code, out, err = command(evaluate.main, monkeypatch, capsys, *words)
+    assert code == 2 and said in err and err.count("\n") == 1 and "Traceback" not in err
 
 
 def test_the_tables_of_the_readme_are_the_results():
