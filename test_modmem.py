@@ -805,6 +805,9 @@ def test_bench_measures_what_it_says(tmp_path, monkeypatch, capsys):
     expected = (blend - thetas)[:, n_key:].square().sum(1) / thetas[:, n_key:].square().sum(1)
     assert rows["hopfield", T]["errors"] == pytest.approx(expected.tolist(), rel=1e-3)
     assert rows["bayespcn", T]["bytes"] == 8 * (8 * P + 2 * 8 * 8 + 3 * 8 * 8 + 8)          # R, U, r in float64
+    row = rows["bayespcn", 3]                    # at the first T the mean write is that of all writes
+    literal, ours = row["literal_write_ms"] / row["same_write_ms"] * row["write_ms"] + row["literal_read_ms"], row["write_ms"] + row["read_ms"]
+    assert row["speedup"] == pytest.approx(literal / ours)
     ours = Quick(P, 8)
     for theta in thetas:
         ours.write(theta[:n_key], theta[n_key:])
