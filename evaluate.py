@@ -434,9 +434,9 @@ def probe(words):
     lines = ["|".join((f"{row['probe']} {row['level']}", *line)) for row, line in zip(rows, cells)]
     print(columns(["|".join(("recall error", *names)), *lines]))
     print(f"""{out}/probe.json
-{out}/probe-noise.png    recall error, 0 dark, 1 and more bright; hopfield above, bayespcn below
+{out}/probe-noise.png    square root of the recall error, 0 dark, 1 and more bright; hopfield above, bayespcn below
                          a column for each task, a row for each noise {NOISE}
-{out}/probe-softmax.png  Hopfield's weights, 0 dark, 1 bright; a panel for each beta {PANELS}
+{out}/probe-softmax.png  square root of Hopfield's weights, 0 dark, 1 bright; a panel for each beta {PANELS}
                          a row for each cue, a column for each stored task""")
 
 
