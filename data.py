@@ -155,7 +155,7 @@ def read_lines(path):
 
 # ---- glyphs ------------------------------------------------------------------------------------------------------------
 
-def glyphs(data_dir, n_train=22, n_test=8):
+def glyphs(data_dir, n_train=24, n_test=8):
     """100 classes of 64 x 64 pictures drawn with numpy: a class is a fixed figure of two strokes and their mirror images
     (so that a flip keeps the class); every sample has its own affine jitter, thickness, colours, clutter and noise.
     data_dir is not used."""
@@ -218,10 +218,32 @@ def split(n_classes, splits, seed):
 
 def task(half, classes):
     """D_t: the images of these classes (n, 3, h, w) and their labels (n,) as positions in `classes`."""
-    positions = torch.full((len(half.classes),), -1)
-    positions[classes] = torch.arange(len(classes))
-    labels = positions[half.labels]
+    labels = positions(half.labels, [classes], len(half.classes))
     return half.images[labels >= 0], labels[labels >= 0]
+
+
+def positions(labels, tasks, n_classes):
+    """Where each label (n,) stands among the classes of its task, counted from 0; -1 if no task has it."""
+    table = torch.full((n_classes,), -1)
+    for classes in tasks:
+        table[classes] = torch.arange(len(classes))
+    return table[labels]
+
+
+def task_ids(labels, tasks):
+    """The task, counted from 0, that each label (n,) belongs to; the tasks share out all classes."""
+    table = torch.empty(sum(map(len, tasks)), dtype=torch.int64)
+    for t, classes in enumerate(tasks):
+        table[classes] = t
+    return table[labels]
+
+
+def hold_out(train):
+    """Two halves from `train`: nine tenths of every class to train with, and every tenth image for testing."""
+    held = torch.zeros(len(train.labels), dtype=torch.bool)
+    for label in range(len(train.classes)):
+        held[(train.labels == label).nonzero()[::10]] = True
+    return tuple(Images(train.images[part], train.labels[part], train.classes) for part in (~held, held))
 
 
 def generator(*seed):
@@ -229,14 +251,35 @@ def generator(*seed):
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
 
 
-def prepare(images, vit, flip=None):
-    """uint8 images (B, 3, h, w) -> the input of `vit` (B, 3, s, s), on the images' device; flip: bool (B,) mirrors some."""
-    x = images.float() / 255
+def flips(n, generator):
+    """How an epoch's n images are seen in training: which are mirrored, bool (n,)."""
+    return (torch.rand(n, generator=generator) < 0.5,)
+
+
+def flips_and_crops(n, generator, smallest=0.35):
+    """As flips, and which square of each image is seen, (n, 3): side and centre x, y, where the image is [-1, 1]^2.
+
+    The area is uniform in [smallest, 1], the place in what the area leaves free.
+    """
+    side = (smallest + (1 - smallest) * torch.rand(n, 1, generator=generator)).sqrt()
+    centre = (1 - side) * (2 * torch.rand(n, 2, generator=generator) - 1)
+    return *flips(n, generator), torch.cat([side, centre], dim=1)
+
+
+def prepare(images, vit, flip=None, crop=None):
+    """uint8 images (B, 3, h, w) -> the input of `vit` (B, 3, s, s), in its dtype, mirrored and cropped where asked for."""
+    x, size = images.float() / 255, (vit.image_size, vit.image_size)
     if flip is not None:
         x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-    if x.shape[-2:] != (vit.image_size, vit.image_size):
-        x = F.interpolate(x, (vit.image_size, vit.image_size), mode="bicubic", antialias=True).clamp(0, 1)
-    return (x - vit.mean) / vit.std
+    if crop is not None:
+        side, centre = crop[:, :1, None], crop[:, 1:, None]                  # (B, 1, 1), (B, 2, 1)
+        window = torch.cat([side * torch.eye(2, device=x.device), centre], dim=2)                    # (B, 2, 3)
+        grid = F.affine_grid(window, (len(x), 3, *size), align_corners=False)
+        x = F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False).clamp(0, 1)
+    elif x.shape[-2:] != size:
+        x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
+    channels = zip(x.unbind(1), vit.config.mean, vit.config.std)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1).to(vit.cls_token.dtype)
 
 
 def read_picture(path):

@@ -23,32 +23,51 @@ from torchvision.utils import make_grid
 import data
 from bayespcn import BayesPCN
 from hopfield import Hopfield
+from lora import split_key
 
 # Table 1 of the paper: mean and standard deviation over three seeds, in percent.
 PAPER = {
-    ("cifar100", 20): {"faa_gt": "97.29 ± 0.30", "bayespcn": {"faa": "96.50 ± 0.64", "drop": "0.32 ± 0.12"},
-                       "hopfield": {"faa": "97.12 ± 0.44", "drop": "0.0026 ± 0.01"}},
-    ("cifar100", 50): {"faa_gt": "97.79 ± 0.20", "bayespcn": {"faa": "97.24 ± 0.73", "drop": "0.62 ± 0.32"},
-                       "hopfield": {"faa": "97.76 ± 0.47", "drop": "0.04 ± 0.07"}},
-    ("tinyimagenet", 50): {"faa_gt": "91.56 ± 0.48", "bayespcn": {"faa": "90.46 ± 0.35", "drop": "1.16 ± 0.57"},
-                           "hopfield": {"faa": "91.82 ± 0.28", "drop": "−0.21 ± 0.10"}},
-    ("tinyimagenet", 100): {"faa_gt": "95.09 ± 0.40", "bayespcn": {"faa": "93.28 ± 0.35", "drop": "1.71 ± 0.20"},
-                            "hopfield": {"faa": "94.77 ± 0.48", "drop": "−0.30 ± 0.19"}},
+    ("til", "cifar100", 20): {"faa_gt": "97.29 ± 0.30", "bayespcn": {"faa": "96.50 ± 0.64", "drop": "0.32 ± 0.12"},
+                              "hopfield": {"faa": "97.12 ± 0.44", "drop": "0.0026 ± 0.01"}},
+    ("til", "cifar100", 50): {"faa_gt": "97.79 ± 0.20", "bayespcn": {"faa": "97.24 ± 0.73", "drop": "0.62 ± 0.32"},
+                              "hopfield": {"faa": "97.76 ± 0.47", "drop": "0.04 ± 0.07"}},
+    ("til", "tinyimagenet", 50): {"faa_gt": "91.56 ± 0.48", "bayespcn": {"faa": "90.46 ± 0.35", "drop": "1.16 ± 0.57"},
+                                  "hopfield": {"faa": "91.82 ± 0.28", "drop": "−0.21 ± 0.10"}},
+    ("til", "tinyimagenet", 100): {"faa_gt": "95.09 ± 0.40", "bayespcn": {"faa": "93.28 ± 0.35", "drop": "1.71 ± 0.20"},
+                                   "hopfield": {"faa": "94.77 ± 0.48", "drop": "−0.30 ± 0.19"}},
+    ("mts", "cifar100", 20): {"faa_gt": "97.29 ± 0.30", "task_accuracy": "91.47 ± 0.21",
+                              "hopfield": {"faa_local": "91.34 ± 0.52", "drop": "5.95 ± 0.022"}},
+    ("mts", "cifar100", 50): {"faa_gt": "97.79 ± 0.20", "task_accuracy": "91.42 ± 0.28",
+                              "hopfield": {"faa_local": "94.28 ± 0.15", "drop": "3.50 ± 3.50"}},
+    ("mts", "tinyimagenet", 50): {"faa_gt": "91.56 ± 0.48", "task_accuracy": "84.42 ± 0.49",
+                                  "hopfield": {"faa_local": "83.14 ± 0.16", "drop": "8.35 ± 0.53"}},
+    ("mts", "tinyimagenet", 100): {"faa_gt": "95.09 ± 0.40", "task_accuracy": "83.27 ± 0.18",
+                                   "hopfield": {"faa_local": "88.69 ± 0.57", "drop": "6.47 ± 0.73"}},
 }
 
 MEMORIES = ("hopfield", "bayespcn", "bayespcn-joint", "disk")               # the order of the columns
+CONTROLS = {"none": "control: no adapter", "wrong": "control: wrong adapter", "mean": "control: mean adapter",
+            "linear": "control: linear head"}
 ROWS = {
-    "faa_gt": "FAA_GT", "faa": "FAA_TIL(M)", "drop": "D_TIL(M)", "none": "control: no adapter", "wrong": "control: wrong adapter",
-    "mean": "control: mean adapter", "linear": "control: linear head", "recall_error": "recall error",
+    "til": {"faa_gt": "FAA_GT", "faa": "FAA_TIL(M)", "drop": "D_TIL(M)", **CONTROLS, "recall_error": "recall error"},
+    "mts": {"task_accuracy": "Task Acc", "faa_gt": "FAA_GT", "faa_local": "FAA_MTS(M), local", "faa_strict": "FAA_MTS(M), strict",
+            "drop": "D_MTS(M)", "drop_ids": "of it from wrong tasks", "drop_recall": "of it from recall", **CONTROLS},
 }
 
-DEFINITIONS = """\
+DEFINITIONS = {"til": """\
 FAA          final average accuracy: the mean over tasks of the accuracy on the task's test images, percent
 FAA_GT       with the adapters theta_t as trained (from disk); FAA_TIL(M) with those recalled by the memory M
 D_TIL(M)     FAA_GT - FAA_TIL(M): what recall costs, in points
 controls     the task's head with no adapter, with the previous task's, with the mean of all; and a head trained alone,
              without adapter, on the frozen features
-recall error |theta_hat - theta| / |theta| on the part that was not in the key, mean over tasks"""
+recall error |theta_hat - theta| / |theta| on the part that was not in the key, mean over tasks""", "mts": """\
+Task Acc     share of all test images whose task is predicted right, percent
+FAA_GT       as in TIL: told the right task, with the adapters as trained
+local        an answer is right if the class has the right place within its task, whichever task was predicted; with n classes
+             a task, a wrong task still gives the right place in 1 of n cases, so FAA_MTS can exceed Task Acc, as in the paper
+strict       an answer is right if task and class are: class-incremental accuracy
+D_MTS(M)     FAA_GT - FAA_MTS(M) local; from recall: FAA_GT - FAA_TIL(M), told the right tasks; from wrong tasks: the rest
+controls     local, with the predicted tasks, and the adapters and heads as in TIL"""}
 
 
 def accuracy(logits, labels):
@@ -56,9 +75,21 @@ def accuracy(logits, labels):
     return 100 * (logits.argmax(1).cpu() == labels.cpu()).double().mean().item()
 
 
-def faa(per_task):
+def faa(accuracies):
     """FAA = (1/T) sum_t A_{T,t} (section 4): every task weighs the same."""
-    return sum(per_task) / len(per_task)
+    return sum(accuracies) / len(accuracies)
+
+
+def per_task(hits, task_ids):
+    """The share of hits, bool (n,), among the items of each task in percent; task_ids (n,) counts from 0."""
+    return [100 * hits[task_ids == t].double().mean().item() for t in range(task_ids.max() + 1)]
+
+
+def switching_hits(t_hat, logits, task_ids, places):
+    """What Algorithm 4's answers t_hat (n,), logits (n, classes of a task) get right on each task, in percent: the task, the
+    place of the class within its task (local), both (strict). task_ids, places (n,): the truth, counted from 0."""
+    task, local = t_hat == task_ids, logits.argmax(1) == places
+    return {name: per_task(hits, task_ids) for name, hits in (("task", task), ("local", local), ("strict", task & local))}
 
 
 def recall_error(theta_hat, theta, n_key):
@@ -82,8 +113,8 @@ def number(values, digits=2):
 
 
 def paper_number(result, row):
-    """The paper's cell for this run's data set, splits, rank and memory, or '-'."""
-    paper = PAPER.get((result["dataset"], result["splits"]), {}) if result["rank"] == 8 else {}
+    """The paper's cell for this run's setting, data set, splits, rank and memory, or '-'."""
+    paper = PAPER.get((result["setting"], result["dataset"], result["splits"]), {}) if result["rank"] == 8 else {}
     return paper.get(row) or paper.get(result["memory"].split("-")[0], {}).get(row, "–")
 
 
@@ -103,29 +134,30 @@ def provenance(name, runs):
 
 
 def report(results):
-    """Markdown tables of til-*.json contents: one for each setting, seeds averaged, memories and the paper side by side."""
-    groups = {}
-    for result in results:
-        key = tuple(result[name] for name in ("dataset", "splits", "backbone", "image_size", "rank"))
+    """Markdown tables of til-*.json and mts-*.json contents: one for each setting, seeds averaged, memories side by side."""
+    groups, lines = {}, []
+    for result in sorted(results, key=lambda result: result["setting"], reverse=True):                  # TIL first
+        key = tuple(result[name] for name in ("dataset", "splits", "backbone", "image_size", "rank", "validate", "setting"))
         groups.setdefault(key, {}).setdefault(result["memory"], []).append(result)
-    lines = []
-    for (dataset, splits, backbone, size, rank), memories in sorted(groups.items()):
+    for (dataset, splits, backbone, size, rank, validate, setting), memories in sorted(groups.items(), key=lambda item: item[0][:-1]):
         memories = {name: memories[name] for name in MEMORIES if name in memories}
-        lines += [f"{dataset}, {splits} splits, {backbone}, {size} px, rank {rank}", ""]
+        held_out = ", on held-out training images" if validate else ""
+        lines += [f"{setting.upper()}: {dataset}, {splits} splits, {backbone}, {size} px, rank {rank}{held_out}", ""]
         lines += ["| | " + " | ".join(f"M = {name} | paper" for name in memories) + " |", "|---" * (1 + 2 * len(memories)) + "|"]
-        for row, label in ROWS.items():
+        for row, label in ROWS[setting].items():
             cells = [f"{number([cell(r, row) for r in runs], 4 if row == 'recall_error' else 2)} | {paper_number(runs[0], row)}"
                      for runs in memories.values()]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
         lines += ["", *(provenance(name, runs) for name, runs in memories.items()), ""]
-    return "\n".join([*lines, DEFINITIONS])
+    return "\n".join([*lines, *(DEFINITIONS[setting] for setting in ROWS if any(key[-1] == setting for key in groups))])
 
 
 def read_runs(folders):
-    """The contents of all til-*.json in these run folders. Raises ValueError if there is none."""
-    results = [data.load_json(path) for folder in dict.fromkeys(map(Path.resolve, folders)) for path in sorted(folder.glob("til-*.json"))]
+    """The contents of all til-*.json and mts-*.json in these run folders. Raises ValueError if there is none."""
+    results = [data.load_json(path) for folder in dict.fromkeys(map(Path.resolve, folders))
+               for path in sorted([*folder.glob("til-*.json"), *folder.glob("mts-*.json")])]
     if not results:
-        raise ValueError("no til-*.json in these folders: run til.py first")
+        raise ValueError("no til-*.json or mts-*.json in these folders: run til.py or mts.py first")
     return results
 
 
@@ -187,20 +219,19 @@ def literal_read(memory, key):
 
 # ---- bench: the memories as T and P grow -------------------------------------------------------------------------------------
 
-KEY_SHARE = 0.1                                                              # as in til.py, which imports this file
 READS = {"bayespcn": "marginal", "bayespcn-joint": "joint"}                  # two ways to read one memory
 VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
 
 
-def split_keys(thetas):
-    """thetas (n, P) -> keys (n, |k|) and values (n, P - |k|)."""
-    n_key = math.floor(KEY_SHARE * thetas.shape[1])
-    return thetas[:, :n_key], thetas[:, n_key:]
-
-
 def recall_errors(theta_hat, thetas):
     """recall_error of each row of theta_hat (n, P), a list."""
-    return [recall_error(*pair, split_keys(thetas)[0].shape[1]) for pair in zip(theta_hat, thetas)]
+    return [recall_error(*pair, split_key(thetas)[0].shape[1]) for pair in zip(theta_hat, thetas)]
+
+
+def confusion(true, predicted, n):
+    """(n, n): the share of the items of each true class (row) that was predicted as each class (column)."""
+    counts = torch.bincount(n * true + predicted, minlength=n * n).view(n, n).double()
+    return counts / counts.sum(1, keepdim=True)
 
 
 def columns(lines):
@@ -253,7 +284,7 @@ def timed(function, *args):
 
 def measure(memory, thetas):
     """Reads all thetas (T, P): milliseconds per item, bytes, relative squared errors of the values, in the order of writing."""
-    keys, _ = split_keys(thetas)
+    keys, _ = split_key(thetas)
     theta_hat, together = timed(memory.read, keys)
     few = keys[::math.ceil(len(keys) / 10)]                                  # at most 10: one by one is slow
     _, alone = timed(lambda: [memory.read(key[None]) for key in few])
@@ -264,7 +295,7 @@ def measure(memory, thetas):
 
 def literal_ms(memory, theta):
     """Milliseconds that the literal descent takes to write theta (P,), ours for the same, and the literal read each way."""
-    (key,), (value,) = split_keys(theta[None])
+    (key,), (value,) = split_key(theta[None])
     ours = timed(copy.deepcopy(memory).write, key, value)[1]
     twin = copy.deepcopy(memory)
     seconds = {"ours": ours, "write": timed(literal_write, twin, key, value)[1]}
@@ -277,7 +308,7 @@ def literal_ms(memory, theta):
 def bench_memory(memory, thetas, counts, label):
     """Writes thetas (T, P) one after the other and measures at every T in counts. Returns rows of the JSON file."""
     rows, ms, literal, T, P = [], [], {}, *thetas.shape
-    for t, (key, value) in enumerate(data.progress(zip(*split_keys(thetas)), T, f"P {P}, {label}"), 1):
+    for t, (key, value) in enumerate(data.progress(zip(*split_key(thetas)), T, f"P {P}, {label}"), 1):
         ms.append(1e3 * timed(memory.write, key, value)[1])
         if t not in counts:
             continue
@@ -376,7 +407,7 @@ def probe_row(probe, level, thetas, cues, hopfield=None, bayespcn=None):
 
 def probe_rows(thetas, generator):
     """Writes thetas (T, P) to both memories and probes them. Returns rows of the JSON file, and the Hopfield memory."""
-    (T, P), (keys, values), rows = thetas.shape, split_keys(thetas), []
+    (T, P), (keys, values), rows = thetas.shape, split_key(thetas), []
     hopfield, bayespcn = Hopfield(), BayesPCN(P)
     for n in data.progress(range(1, T + 1), T, "writing"):
         hopfield.write(keys[n - 1], values[n - 1])
@@ -428,7 +459,7 @@ def probe(words):
     data.save_json(out / "probe.json", {"config": config, "P": thetas.shape[1], "versions": VERSIONS, "rows": rows})
     errors = [[row["per_task"][name] for row in rows if row["probe"] == "noise"] for name in ("hopfield", "bayespcn")]
     draw(out / "probe-noise.png", [torch.tensor(x) for x in errors], 1, 30)
-    keys, _ = split_keys(thetas)
+    keys, _ = split_key(thetas)
     draw(out / "probe-softmax.png", [with_beta(hopfield, beta).attention(keys) for beta in PANELS], len(PANELS))
     cells = [[f"{row[name]:.4f}" if row.get(name) is not None else "–" for name in names] for row in rows]
     lines = ["|".join((f"{row['probe']} {row['level']}", *line)) for row, line in zip(rows, cells)]

@@ -11,17 +11,20 @@ import torch
 import torch.nn as nn
 
 
+KEY_SHARE = 0.1                                                              # |k_t| = floor(0.1 |theta_t|), section 3.1
+
+
 class LoRALinear(nn.Module):
-    """A frozen linear layer `base` (d -> d_out) and its low-rank modulation."""
+    """A frozen linear layer `base` (d -> d_out), in any dtype, and its low-rank modulation, in float32."""
 
     def __init__(self, base, rank, alpha):
         super().__init__()
         self.base, self.scale = base, alpha / rank
-        self.A = nn.Parameter(base.weight.new_zeros(rank, base.in_features))
-        self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+        self.A = nn.Parameter(torch.zeros(rank, base.in_features, device=base.weight.device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
 
     def forward(self, x):                                                    # (..., d) -> (..., d_out)
-        return self.base(x) + self.scale * (x @ self.A.T) @ self.B.T
+        return self.base(x) + self.scale * (x @ self.A.T.to(x.dtype)) @ self.B.T.to(x.dtype)
 
 
 def adapters(vit):
@@ -79,6 +82,12 @@ def set(vit, theta):
         raise ValueError(f"theta is {tuple(theta.shape)}, the adapters hold ({sum(w.numel() for w in weights)},)")
     for weight, part in zip(weights, theta.split([weight.numel() for weight in weights])):
         weight.copy_(part.view_as(weight))
+
+
+def split_key(theta):
+    """theta (..., P) -> the task identification vector k_t (..., floor(0.1 P)), its start, and the rest (section 3.1)."""
+    n = math.floor(KEY_SHARE * theta.shape[-1])
+    return theta[..., :n], theta[..., n:]
 
 
 @torch.no_grad()

@@ -15,13 +15,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from torchvision.io import write_jpeg, write_png
+from torchvision.io import decode_image, write_jpeg, write_png
 from torchvision.transforms import v2
 
 import data
 import evaluate
 import hopfield
 import lora
+import mts
 import til
 import vit as substrate
 from bayespcn import BayesPCN
@@ -222,7 +223,7 @@ def test_merged_equals_adapter(tiny, alpha):
 
 def test_only_lora_and_head_get_gradients(tiny):
     lora.add(tiny, generator=data.generator(0, 1))
-    head = til.new_head(tiny, 5, data.generator(0, 1))
+    head = nn.Linear(192, 5)
     head(tiny(randn(2, 3, 16, 16))).sum().backward()
     trained = {id(weight) for weight in (*lora.parameters(tiny), *head.parameters())}
     for weight in (*tiny.parameters(), *head.parameters()):
@@ -616,7 +617,7 @@ def test_algorithm_1_stores_what_was_learned_from_each_task_alone():
 def test_algorithm_2_classifies_with_the_recalled_theta(tiny):
     lora.add(tiny)
     memory, theta, head = til.Disk(), random_theta(tiny), nn.Linear(192, 4)
-    key, value = til.split_key(theta)
+    key, value = lora.split_key(theta)
     assert len(key) == int(0.1 * 36_864)
     memory.write(key, value)
     images = torch.randint(0, 256, (70, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -637,7 +638,8 @@ def test_fit_is_adamw_with_cosine_decay():
     x, y = randn(20, 3), torch.randint(0, 2, (20,), generator=torch.Generator().manual_seed(0))
     ours, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
-    loss, accuracy = til.fit([*ours.parameters()], lambda batch, flip: (ours(x[batch]), y[batch]), 20, 4, 8, data.generator(3))
+    trainer = til.Trainer([*ours.parameters()], lambda x, flip: ours(x), data.flips)
+    *_, (loss, accuracy) = trainer.fit(x, y, 4, 8, data.generator(3))
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.005, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12, eta_min=0.0001)
     generator = data.generator(3)
@@ -664,7 +666,7 @@ def test_the_main_job_on_a_small_cifar100(cifar, tmp_path, monkeypatch, capsys):
     words = (*CIFAR, "--data-dir", cifar, "--out", tmp_path, "--seeds", 0, 1)
     code, out, err = command(til.main, monkeypatch, capsys, *words, "--memory", "hopfield")
     assert code == 0 and "FAA_GT" in out and "97.12 ± 0.44" in out, err
-    folder = tmp_path / "cifar100-20s-vit_tiny-r8-seed0"
+    folder = tmp_path / "cifar100-20s-vit_tiny-16px-r8-seed0"
     result = json.loads((folder / "til-hopfield.json").read_text())
     assert result["drop"] == 0 and result["recall_error"] == {"mean": 0, "max": 0} and result["smallest_weight"] > 0.999
     assert set(result["controls"]) == {"none", "wrong", "mean", "linear"} and len(result["per_task"]["gt"]) == 20
@@ -695,7 +697,7 @@ def test_theta_depends_only_on_seed_and_t(cifar, tmp_path, monkeypatch, capsys):
     """Bit for bit: a run that is cut after some tasks and continued, with another memory, equals an undisturbed one."""
     words = (*CIFAR, "--data-dir", cifar, "--epochs", 1)
     assert command(til.main, monkeypatch, capsys, *words, "--out", tmp_path / "a")[0] == 0
-    a, b = (tmp_path / name / "cifar100-20s-vit_tiny-r8-seed0" for name in "ab")
+    a, b = (tmp_path / name / "cifar100-20s-vit_tiny-16px-r8-seed0" for name in "ab")
     (b / "adapters").mkdir(parents=True)
     (b / "config.json").write_bytes((a / "config.json").read_bytes())
     for t in (2, 3, 9):                                                  # as if these alone had been finished
@@ -710,7 +712,7 @@ def test_theta_depends_only_on_seed_and_t(cifar, tmp_path, monkeypatch, capsys):
 def test_damaged_and_swapped_files_of_a_run_are_named(cifar, tmp_path, monkeypatch, capsys):
     words = (*CIFAR, "--data-dir", cifar, "--epochs", 1, "--out", tmp_path)
     assert command(til.main, monkeypatch, capsys, *words)[0] == 0
-    folder = tmp_path / "cifar100-20s-vit_tiny-r8-seed0"
+    folder = tmp_path / "cifar100-20s-vit_tiny-16px-r8-seed0"
     adapter, state = (data.load_tensors(folder / name) for name in ("adapters/4.pt", "hopfield.pt"))
     for name, content in (("adapters/4.pt", adapter | {"theta": torch.ones(36_864)}), ("adapters/4.pt", adapter | {"theta": torch.ones(5)}),
                           ("adapters/4.pt", {"head": adapter["head"]}), ("adapters/4.pt", torch.ones(3)), ("adapters/4.pt", b"x" * 999),
@@ -732,7 +734,8 @@ def test_a_loss_that_is_not_finite_is_named(tiny):
     lora.add(tiny)
     tiny.norm.weight.data.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="loss is nan in epoch 1, learning rate"):
-        til.train_adapter(tiny, torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), 2, 1, 2, data.generator(0))
+        til.train_adapter(til.Classifier(tiny, 2), torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64),
+                          1, 2, data.generator(0))
 
 
 @pytest.mark.parametrize("words, said", [
@@ -763,6 +766,125 @@ def test_without_network_and_data_one_line_says_what_to_do(tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     for word in ("cifar-100-python.tar.gz", "https://www.cs.toronto.edu", "eb9058c3a382ffc7106e4002c42a8d85", "data/cifar-100-python"):
         assert word in line
+
+
+# ---- mts.py ----------------------------------------------------------------------------------------------------------------
+
+def test_labels_as_tasks_and_places_within_them():
+    labels, tasks = torch.tensor([0, 1, 2, 3, 4, 5]), [[4, 0], [1, 5], [3, 2]]
+    assert data.task_ids(labels, tasks).tolist() == [0, 1, 2, 2, 0, 1]
+    assert data.positions(labels, tasks, 6).tolist() == [1, 0, 1, 0, 0, 1]
+
+
+class Fixed(nn.Module):
+    """A head (width -> n) that gives the row of `table` that the picture's first pixel names, whatever the class token is."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table, self.out_features = table, table.shape[1]
+
+    def forward(self, features):
+        return self.table[features[:, 0].long()]
+
+
+@pytest.fixture
+def switching(tiny, monkeypatch):
+    """Six pictures of three tasks with two classes; where the predictor errs and the heads err is known."""
+    lora.add(tiny)
+    monkeypatch.setattr(til, "class_token", lambda vit, images: images[:, :1, 0, 0].float())
+    images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1).expand(6, 3, 16, 16)
+    task_ids, places = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 0, 1, 0, 1])
+    t_hat = torch.tensor([0, 0, 1, 2, 2, 0])                             # two of six tasks wrong
+    answers = torch.tensor([[0, 0, 0, 0, 0, 1], [1, 1, 0, 1, 1, 1], [0, 0, 0, 1, 0, 1]])     # of each head, picture by picture
+    memory, keys = til.Disk(), []
+    for t in range(3):
+        key, value = lora.split_key(random_theta(tiny, t))
+        keys.append(key)
+        memory.write(key, value)
+    predictor = {"theta": random_theta(tiny, 9), "head": Fixed(torch.eye(3)[t_hat])}
+    heads = [Fixed(torch.eye(2)[answer]) for answer in answers]
+    return tiny, predictor, heads, images, keys, memory, task_ids, places, t_hat
+
+
+def test_task_local_and_strict_accuracy_by_hand(switching):
+    """Pictures 0, 1, 4 and 5 are told the classes 0, 0, 0, 1 by their predicted task's head, 2 and 3 the classes 0 and 1."""
+    *inputs, task_ids, places, t_hat = switching
+    found, logits = mts.mts_inference(*inputs)
+    assert found.tolist() == t_hat.tolist() and logits.argmax(1).tolist() == [0, 0, 0, 1, 0, 1]
+    assert evaluate.switching_hits(found, logits, task_ids, places) == {
+        "task": [100, 50, 50], "local": [50, 100, 100], "strict": [50, 50, 50]}
+
+
+def test_a_perfect_predictor_gives_what_til_gives(switching):
+    vit, _, heads, images, keys, memory, task_ids, places, _ = switching
+    _, logits = mts.mts_inference(vit, None, heads, images, keys, memory, task_ids)
+    told = torch.cat([til.til_inference(vit, heads[t], images[task_ids == t], keys[t], memory) for t in range(3)])
+    assert torch.equal(logits, told)
+
+
+def test_algorithm_4_recalls_each_task_once_and_never_touches_theta_0(tiny):
+    lora.add(tiny)
+    theta_0, reads, thetas = random_theta(tiny, 9), [], [random_theta(tiny, t) for t in range(4)]
+    images = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    class Memory(til.Disk):
+        def read(self, key):
+            reads.append(key)
+            return super().read(key)
+
+    memory, keys, heads = Memory(), [], [nn.Linear(192, 5) for _ in range(4)]
+    for theta in thetas:
+        keys.append(lora.split_key(theta)[0])
+        memory.write(*lora.split_key(theta))
+    inputs = tiny, {"theta": theta_0, "head": nn.Linear(192, 4)}, heads
+    with torch.no_grad():
+        t_hat, together = mts.mts_inference(*inputs, images, keys, memory)
+        assert len(reads) == len(t_hat.unique()) > 1
+        alone = [mts.mts_inference(*inputs, image[None], keys, memory) for image in images]
+    assert torch.equal(torch.cat([t for t, _ in alone]), t_hat)
+    assert torch.allclose(torch.cat([logits for _, logits in alone]), together, atol=1e-5)
+    assert torch.equal(theta_0, random_theta(tiny, 9)) and len(memory.items) == 4
+
+
+def test_mts_on_a_small_cifar100(cifar, tmp_path, monkeypatch, capsys):
+    """On top of a finished til.py; then a predictor training that is cut after an epoch goes on to the same bits."""
+    words = (*CIFAR, "--data-dir", cifar, "--out", tmp_path, "--epochs", 1)
+    assert command(til.main, monkeypatch, capsys, *words)[0] == 0
+    folder = tmp_path / "cifar100-20s-vit_tiny-16px-r8-seed0"
+    stored = (folder / "hopfield.pt").read_bytes()
+    words += "--predictor-epochs", 3, "--predictor-batch-size", 32
+    code, out, err = command(mts.main, monkeypatch, capsys, *words)
+    assert code == 0 and "| Task Acc |" in out and "91.47 ± 0.21" in out and "task   1/20" not in out, err
+    result = json.loads((folder / "mts-hopfield.json").read_text())
+    assert result["faa_gt"] == result["faa"] == json.loads((folder / "til-hopfield.json").read_text())["faa_gt"]
+    assert result["drop"] == pytest.approx(result["drop_ids"]) and result["drop_recall"] == 0
+    assert result["faa_strict"] <= min(result["task_accuracy"], result["faa_local"]) and len(result["per_task"]["linear"]) == 20
+    assert (folder / "hopfield.pt").read_bytes() == stored and decode_image(str(folder / "mts-confusion.png")).shape[0] == 3
+    whole, saved = data.load_tensors(folder / "predictor.pt"), []
+
+    def cut(path, content):
+        saved.append(path.name)
+        save(path, content)
+        if len(saved) == 1:
+            raise KeyboardInterrupt
+
+    save = data.save_tensors
+    (folder / "predictor.pt").unlink()
+    monkeypatch.setattr(data, "save_tensors", cut)
+    assert command(mts.main, monkeypatch, capsys, *words)[0] == 130
+    monkeypatch.setattr(data, "save_tensors", save)
+    code, out, err = command(mts.main, monkeypatch, capsys, *words)
+    assert code == 0 and "epoch  1/3" not in out and "epoch  2/3" in out
+    assert torch.equal(data.load_tensors(folder / "predictor.pt")["theta"], whole["theta"])
+    code, out, err = command(mts.main, monkeypatch, capsys, *words[:-2])
+    assert code == 2 and "predictor.pt was trained with" in err and err.count("\n") == 1
+    picture = tmp_path / "p.png"
+    write_png(data.load("cifar100", cifar)[1].images[0], str(picture))
+    code, out, err = command(mts.main, monkeypatch, capsys, *words, "--predict", picture)
+    assert code == 0 and out.startswith("task ") and out.count("colour") == 5, err
+    (folder / "predictor.pt").write_bytes(b"x")
+    code, out, err = command(mts.main, monkeypatch, capsys, *words)
+    assert code == 2 and "predictor.pt is damaged" in err
 
 
 # ---- evaluate.py -------------------------------------------------------------------------------------------------------------
@@ -798,7 +920,6 @@ def test_bench_measures_what_it_says(tmp_path, monkeypatch, capsys):
         assert min(row["write_ms"], row["read_ms"], row["alone_ms"]) > 0
     assert set(rows) == {(name, T) for name in ("disk", "hopfield", "bayespcn", "bayespcn-joint") for T in (3, 5)}
     thetas = torch.stack([evaluate.lora_like(P, t) for t in range(T)])
-    assert torch.equal(evaluate.split_keys(thetas)[0][0], til.split_key(thetas[0])[0])
     assert rows["disk", T]["max"] == 0 and rows["disk", T]["bytes"] > T * P * 4
     assert rows["hopfield", T]["bytes"] == T * P * 4
     blend = F.scaled_dot_product_attention(thetas[:, :n_key].double(), thetas[:, :n_key].double(), thetas.double(), scale=25)

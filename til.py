@@ -7,8 +7,8 @@ gives each back from a part of itself, the task's key k_t.
     python til.py --dataset cifar100 --splits 20 --memory hopfield        # the paper's C100-20S
     python til.py --predict cat.png --task 3                              # Algorithm 2 on a picture of one's own
 """
+import copy
 import math
-import platform
 import re
 import resource
 import time
@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 
 import data
 import evaluate
@@ -27,7 +26,6 @@ from bayespcn import BayesPCN
 from hopfield import Hopfield
 
 LR, LR_END, WEIGHT_DECAY = 0.005, 0.0001, 0.1                                # paper, A.2
-KEY_SHARE = 0.1                                                              # |k_t| = floor(0.1 |theta_t|), section 3.1
 
 
 # ---- the two algorithms --------------------------------------------------------------------------------------------------
@@ -41,7 +39,7 @@ def til_training(tasks, train, memory, learn):
     for t, classes in enumerate(tasks, 1):                                   # 3
         images, labels = data.task(train, classes)                           # 4: D_t, and nothing of other tasks
         theta = learn(t, images, labels)                                     # 5, 6: initialised at random, AdamW
-        key, value = split_key(theta)                                        # 7: k_t and theta_t / k_t
+        key, value = lora.split_key(theta)                                        # 7: k_t and theta_t / k_t
         keys.append(key)                                                     # 8
         memory.write(key, value)                                             # 9
     return memory, keys                                                      # 11
@@ -52,12 +50,6 @@ def til_inference(vit, head, images, key, memory):
     theta_hat = memory.read(key)                                             # 3
     lora.set(vit, theta_hat)
     return head(features(vit, images))                                       # 5: y_hat = C(x; W, theta_hat)
-
-
-def split_key(theta):
-    """theta (P,) -> the task identification vector k_t (floor(0.1 P),) and the rest."""
-    n = math.floor(KEY_SHARE * len(theta))
-    return theta[:n], theta[n:]
 
 
 class Disk:
@@ -99,72 +91,114 @@ def new_memory(name, dim, bpcn_read="marginal"):
 
 # ---- training one task -----------------------------------------------------------------------------------------------------
 
-def fit(parameters, forward, n, epochs, batch_size, generator, lr=LR):
-    """AdamW with cosine decay lr -> LR_END over n items an epoch; forward(indices, flip) -> logits and labels of a batch.
+class Trainer:
+    """AdamW on `parameters` with a cosine decay of the learning rate; forward(x, *view) -> logits of the items x.
 
-    All randomness comes from `generator` (on the CPU). Returns (loss, accuracy in percent) over the last epoch.
-    Raises FloatingPointError when the loss is not finite.
+    views(n, generator) draws for every epoch how its n items are seen (data.flips): tensors with one row an item. One object
+    serves all tasks, since on a GPU the step is captured as a CUDA graph, which takes longer than a small task.
     """
-    cuda, lr_now = parameters[0].is_cuda, torch.tensor(lr, device=parameters[0].device)
-    optimizer = torch.optim.AdamW(parameters, lr_now, weight_decay=WEIGHT_DECAY, fused=True, capturable=cuda)
-    loss_sum, hits = torch.zeros_like(lr_now), torch.zeros_like(lr_now)
 
-    def step(batch, flip):
-        logits, labels = forward(batch, flip)
-        loss = F.cross_entropy(logits, labels)
+    def __init__(self, parameters, forward, views):
+        self.forward, self.views, device = forward, views, parameters[0].device
+        self.lr, self.loss, self.hits = (torch.zeros((), device=device) for _ in range(3))
+        self.optimizer = torch.optim.AdamW(parameters, self.lr, weight_decay=WEIGHT_DECAY, fused=True,
+                                           capturable=device.type == "cuda")
+        self.run_step = substrate.Graphed(self.step) if device.type == "cuda" else self.step
+
+    def step(self, x, y, *view):
+        """One step on a batch x with labels y (B,), seen in this way."""
+        logits = self.forward(x, *view)
+        loss = F.cross_entropy(logits, y)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss_sum.add_(loss.detach(), alpha=len(labels))
-        hits.add_((logits.argmax(1) == labels).sum())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.loss.add_(loss.detach(), alpha=len(y))
+        self.hits.add_((logits.argmax(1) == y).sum())
 
-    step = substrate.Graphed(step) if cuda else step
-    done, steps = 0, epochs * math.ceil(n / batch_size)
-    for epoch in range(1, epochs + 1):
-        order = torch.randperm(n, generator=generator).to(lr_now.device)
-        flip = (torch.rand(n, generator=generator) < 0.5).to(lr_now.device)
-        for batch in zip(order.split(batch_size), flip.split(batch_size)):
-            lr_now.fill_(LR_END + (lr - LR_END) / 2 * (1 + math.cos(math.pi * done / steps)))
-            step(*batch)
-            done += 1
-        loss, accuracy = loss_sum.item() / n, 100 * hits.item() / n
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} in epoch {epoch}, learning rate {lr_now.item():.2g}")
-        loss_sum.zero_(), hits.zero_()
-    return loss, accuracy
+    def fit(self, x, y, epochs, batch_size, generator, lr=LR, done=0):
+        """Trains on items x with labels y (n,), lr -> LR_END; yields (loss, accuracy in percent) after every epoch.
+
+        All randomness comes from `generator` (on the CPU). done: epochs that were done before an interruption, where
+        optimizer and generator have been set back to. Raises FloatingPointError when the loss is not finite.
+        """
+        for state in self.optimizer.state.values() if done == 0 else ():     # of the task before
+            for value in state.values():
+                value.zero_()
+        step, steps = done * math.ceil(len(y) / batch_size), epochs * math.ceil(len(y) / batch_size)
+        for epoch in range(done + 1, epochs + 1):
+            self.loss.zero_(), self.hits.zero_()
+            order = torch.randperm(len(y), generator=generator).to(y.device)
+            views = [view.to(y.device).split(batch_size) for view in self.views(len(y), generator)]
+            for batch, *view in zip(order.split(batch_size), *views):
+                self.lr.fill_(LR_END + (lr - LR_END) / 2 * (1 + math.cos(math.pi * step / steps)))
+                self.run_step(x[batch], y[batch], *view)
+                step += 1
+            loss = self.loss.item() / len(y)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} in epoch {epoch}, learning rate {self.lr.item():.2g}")
+            yield loss, 100 * self.hits.item() / len(y)
+
+    def state_dict(self):
+        """What an interrupted fit needs to go on, beside the parameters and the generator."""
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state):
+        """Takes over what state_dict gave."""
+        self.optimizer.load_state_dict(state)
+        self.optimizer.param_groups[0]["lr"] = self.lr                       # the tensor that fit sets and the graph reads
 
 
-def new_head(vit, n_classes, generator):
-    """A linear classifier (width -> n_classes) over the class token: small random weights, zero bias."""
-    head = nn.Linear(vit.config.width, n_classes, device="meta").to_empty(device="cpu")
-    nn.init.normal_(head.weight, std=0.02, generator=generator)
-    nn.init.zeros_(head.bias)
-    return head.to(vit.cls_token.device)
+class Classifier:
+    """C(x; W, theta): a ViT with LoRA and a linear head on its class token, and the Trainer of both."""
+
+    def __init__(self, vit, n_classes, views=data.flips):
+        self.vit, self.head = vit, nn.Linear(vit.config.width, n_classes, device=vit.cls_token.device)
+        self.trainer = Trainer([*lora.parameters(vit), *self.head.parameters()], self.logits, views)
+
+    def logits(self, images, *view):
+        """Logits (B, n_classes) for uint8 images (B, 3, h, w)."""
+        return self.head(class_token(self.vit, images, *view))
+
+    def init(self, generator):
+        """Algorithm 1, line 5: random theta and head."""
+        lora.init(self.vit, generator)
+        init_head(self.head, generator)
 
 
-def train_adapter(vit, images, labels, n_classes, epochs, batch_size, generator):
+def init_head(head, generator):
+    """Small random weights, drawn on the CPU, and zero bias."""
+    with torch.no_grad():
+        head.weight.copy_(nn.init.normal_(torch.empty(head.weight.shape), std=0.02, generator=generator))
+        head.bias.zero_()
+
+
+def train_adapter(classifier, images, labels, epochs, batch_size, generator):
     """Lines 5 and 6 of Algorithm 1: theta_t and the task's head, trained on D_t (uint8 images, labels 0..n_classes - 1).
 
     Returns a dictionary: theta (P,) and head (a state dict) on the CPU, loss and accuracy of the last epoch, seconds.
     """
-    start = time.perf_counter()
-    images, labels = images.to(vit.cls_token.device), labels.to(vit.cls_token.device)
-    lora.init(vit, generator)
-    head = new_head(vit, n_classes, generator)
-
-    def forward(batch, flip):
-        return head(vit(data.prepare(images[batch], vit, flip))), labels[batch]
-
-    loss, accuracy = fit([*lora.parameters(vit), *head.parameters()], forward, len(labels), epochs, batch_size, generator)
-    return {"theta": lora.get(vit).cpu(), "head": head.cpu().state_dict(), "loss": loss, "accuracy": accuracy,
+    start, device = time.perf_counter(), classifier.head.weight.device
+    classifier.init(generator)
+    for loss, accuracy in classifier.trainer.fit(images.to(device), labels.to(device), epochs, batch_size, generator):
+        pass
+    return {"theta": lora.get(classifier.vit).cpu(), "head": on_cpu(classifier.head), "loss": loss, "accuracy": accuracy,
             "images": epochs * len(labels), "seconds": time.perf_counter() - start}
+
+
+def on_cpu(module):
+    """A copy of a module's state dict on the CPU."""
+    return {name: value.cpu().clone() for name, value in module.state_dict().items()}
+
+
+def class_token(vit, images, *view):
+    """Normalised class tokens (B, width), float32, of uint8 images (B, 3, h, w) on the ViT's device."""
+    return vit(data.prepare(images, vit, *view)).float()
 
 
 @torch.no_grad()
 def features(vit, images, batch_size=250):
-    """Normalised class tokens (n, width) of uint8 images (n, 3, h, w), each independent of its companions."""
-    device = vit.cls_token.device
-    return torch.cat([vit(data.prepare(batch.to(device), vit)) for batch in images.split(batch_size)])
+    """class_token for any number of images on any device, each independent of its companions."""
+    return torch.cat([class_token(vit, batch.to(vit.cls_token.device)) for batch in images.split(batch_size)])
 
 
 # ---- one run: one seed -----------------------------------------------------------------------------------------------------
@@ -176,11 +210,17 @@ class Run:
         self.args, self.seed, self.train, self.test = args, seed, train, test
         self.tasks = data.split(len(train.classes), args.splits, seed)
         self.vit = substrate.load(args.backbone, args.weights, args.image_size)
-        weights = data.checksum(*self.vit.state_dict().values())
-        lora.add(self.vit.to(args.device), args.rank)
-        self.folder = args.out / f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}"
+        # Not of the positions, which are resized: the same file has the same checksum at every size, on every machine.
+        weights = data.checksum(*(value for name, value in self.vit.state_dict().items() if name != "pos_embed"))
+        self.vit.to(args.device, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
+        lora.add(self.vit, args.rank)                                        # adapters and heads are always float32
+        self.classifier = Classifier(self.vit, len(self.tasks[0]))
+        validate = "-validate" if args.validate else ""
+        size = "" if self.vit.image_size == self.vit.config.image_size else f"-{self.vit.image_size}px"
+        self.folder = args.out / f"{args.dataset}{validate}-{args.splits}s-{args.backbone}{size}-r{args.rank}-seed{seed}"
+        self.memory_name = args.memory + ("-joint" if (args.memory, args.bpcn_read) == ("bayespcn", "joint") else "")
         self.config = {
-            "dataset": args.dataset, "splits": args.splits, "backbone": args.backbone, "rank": args.rank, "seed": seed,
+            "dataset": args.dataset, "validate": args.validate, "splits": args.splits, "backbone": args.backbone, "rank": args.rank, "seed": seed,
             "image_size": self.vit.image_size, "epochs": args.epochs, "batch_size": args.batch_size, "lr": [LR, LR_END],
             "weight_decay": WEIGHT_DECAY, "weights": weights,
             "train_images": len(train.labels), "train_data": data.checksum(train.labels, train.images[::97]),
@@ -191,7 +231,7 @@ class Run:
 
     def adapter(self, t):
         """What train_adapter returned for task t (1..T). Raises ValueError if the file holds something else."""
-        path, head = self.folder / "adapters" / f"{t}.pt", new_head(self.vit, len(self.tasks[0]), None)
+        path, head = self.folder / "adapters" / f"{t}.pt", copy.deepcopy(self.classifier.head)
         adapter = data.load_tensors(path)
         try:
             lora.set(self.vit, adapter["theta"])
@@ -205,8 +245,8 @@ class Run:
         path = self.folder / "adapters" / f"{t}.pt"
         if not path.exists():
             try:
-                adapter = train_adapter(self.vit, images, labels, len(self.tasks[0]), self.args.epochs,
-                                        self.args.batch_size, data.generator(self.seed, t))
+                adapter = train_adapter(self.classifier, images, labels, self.args.epochs, self.args.batch_size,
+                                        data.generator(self.seed, t))
             except FloatingPointError as error:
                 raise FloatingPointError(f"task {t}: {error}") from None
             data.save_tensors(path, adapter)
@@ -215,9 +255,10 @@ class Run:
                   f"{adapter['images'] / adapter['seconds']:,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
         return self.adapter(t)["theta"]
 
-    def memory(self, name):
+    def memory(self):
         """The memory M_T and the keys K_T: from the folder if they are there, else by Algorithm 1."""
-        path, memory = self.folder / f"{name}.pt", new_memory(name, len(lora.get(self.vit)), self.args.bpcn_read)
+        path = self.folder / f"{self.args.memory}.pt"
+        memory = new_memory(self.args.memory, len(lora.get(self.vit)), self.args.bpcn_read)
         if not path.exists():
             memory, keys = til_training(self.tasks, self.train, memory, self.learn)
             data.save_tensors(path, {"memory": memory.state_dict(), "keys": keys})
@@ -231,7 +272,7 @@ class Run:
                 raise ValueError
             return memory, state["keys"]
         except (KeyError, TypeError, AttributeError, ValueError):
-            raise ValueError(f"{path} does not hold a {name} memory of this run: remove it to write it again") from None
+            raise ValueError(f"{path} does not hold a {self.args.memory} memory of this run: remove it to write it again") from None
 
 
 def assess(run, memory, keys):
@@ -242,8 +283,9 @@ def assess(run, memory, keys):
     thetas = [run.adapter(t)["theta"] for t in range(1, len(run.tasks) + 1)]
     zero, mean = torch.zeros_like(thetas[0]), torch.stack(thetas).mean(0)
     lists = {name: [] for name in ("gt", "recalled", "none", "wrong", "mean", "linear", "recall_error")}
+    linear = linear_heads(run)
     for t, classes in enumerate(data.progress(run.tasks, len(run.tasks), "evaluating")):
-        if not torch.equal(split_key(thetas[t])[0], keys[t]):
+        if not torch.equal(lora.split_key(thetas[t])[0], keys[t]):
             raise ValueError(f"the memory file in {run.folder} was not written from adapters/{t + 1}.pt: remove it")
         images, labels = data.task(run.test, classes)
         head = run.adapter(t + 1)["head"]
@@ -256,54 +298,68 @@ def assess(run, memory, keys):
                 frozen = features(run.vit, images)                           # that of the last, `none`, has no adapter
                 logits = head(frozen)
             lists[name].append(evaluate.accuracy(logits, labels))
-        lists["linear"].append(evaluate.accuracy(linear_head(run, t + 1)(frozen), labels))
+        lists["linear"].append(evaluate.accuracy(linear[t](frozen), labels))
     return lists
 
 
-def linear_head(run, t):
-    """The control `linear`: a head trained as in Algorithm 1, but alone, on the features of the bare substrate."""
-    images, labels = data.task(run.train, run.tasks[t - 1])
-    labels, generator = labels.to(run.vit.cls_token.device), data.generator(run.seed, t)
-    frozen, head = features(run.vit, images), new_head(run.vit, len(run.tasks[0]), generator)
-    fit([*head.parameters()], lambda batch, flip: (head(frozen[batch]), labels[batch]), len(labels),
-        run.args.epochs, run.args.batch_size, generator)
-    return head
+def linear_heads(run):
+    """The control `linear`: heads trained as in Algorithm 1, but alone, on the features of the bare substrate."""
+    heads = []
+    lora.set(run.vit, torch.zeros_like(lora.get(run.vit)))
+    head = copy.deepcopy(run.classifier.head)
+    trainer = Trainer([*head.parameters()], lambda features, flip: head(features), data.flips)
+    for t, classes in enumerate(run.tasks, 1):
+        images, labels = data.task(run.train, classes)
+        generator, frozen = data.generator(run.seed, t), features(run.vit, images)
+        init_head(head, generator)
+        for _ in trainer.fit(frozen, labels.to(frozen.device), run.args.epochs, run.args.batch_size, generator):
+            pass
+        heads.append(copy.deepcopy(head))
+    return heads
 
 
-def results(run, name):
+def results(run):
     """Runs Algorithm 1, then Algorithm 2 on all test images; writes and returns til-<memory>.json."""
-    start = time.perf_counter()
-    memory, keys = run.memory(name)
+    start, (memory, keys) = time.perf_counter(), run.memory()
     lists = assess(run, memory, keys)
     adapters = [run.adapter(t) for t in range(1, len(run.tasks) + 1)]
     faa = {key: evaluate.faa(values) for key, values in lists.items()}
-    cuda = run.args.device.startswith("cuda")
-    name += "-joint" if (name, run.args.bpcn_read) == ("bayespcn", "joint") else ""
     content = {
-        "setting": "til", "memory": name, **run.config, "class_order": run.tasks, "memory_bytes": memory.nbytes,
+        "setting": "til", "memory": run.memory_name, **run.config, "class_order": run.tasks, "memory_bytes": memory.nbytes,
         "faa_gt": faa["gt"], "faa": faa["recalled"], "drop": faa["gt"] - faa["recalled"],
         "controls": {key: faa[key] for key in ("none", "wrong", "mean", "linear")},
         "recall_error": {"mean": faa["recall_error"], "max": max(lists["recall_error"])},
         "smallest_weight": evaluate.smallest_weight(memory, keys), "per_task": lists,
         "images_per_second": sum(a["images"] for a in adapters) / sum(a["seconds"] for a in adapters),
         "train_seconds": sum(a["seconds"] for a in adapters), "wall_seconds": time.perf_counter() - start,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}}
-    data.save_json(run.folder / f"til-{name}.json", content)
+        **machine(run.args.device)}
+    data.save_json(run.folder / f"til-{run.memory_name}.json", content)
     return content
 
 
-def predict(run, name, picture, t):
-    """Algorithm 2 on a picture file: prints the classes of task t by name with their probabilities."""
+def machine(device):
+    """What the figures of a run depend on besides its settings, and its peak memory."""
+    cuda = device.startswith("cuda")
+    return {"peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
+            "versions": evaluate.VERSIONS}
+
+
+def predict(run):
+    """Algorithm 2 on a picture file: prints the classes of the task by name with their probabilities."""
+    t = run.args.task
     if not 1 <= t <= len(run.tasks):
         raise ValueError(f"there is no task {t}: --task takes 1 to {len(run.tasks)}")
-    image = data.square(data.read_picture(picture))[None]
-    memory, keys = run.memory(name)
-    logits = til_inference(run.vit, run.adapter(t)["head"], image, keys[t - 1], memory)
+    image = data.square(data.read_picture(run.args.predict))[None]
+    memory, keys = run.memory()
+    print_classes(run, t, til_inference(run.vit, run.adapter(t)["head"], image, keys[t - 1], memory))
+
+
+def print_classes(run, t, logits):
+    """The classes of task t (1..T) by name with their probabilities; logits (1, classes of the task)."""
     if not logits.isfinite().all():
-        raise ValueError(f"the answer is not a number: {name}.pt or adapters/{t}.pt in {run.folder} is damaged, remove both")
+        raise ValueError(f"the answer is not a number: {run.args.memory}.pt or adapters/{t}.pt in {run.folder} is damaged, remove both")
     probabilities = logits.softmax(1)[0].tolist()
     for probability, label in sorted(zip(probabilities, run.tasks[t - 1]), reverse=True):
         print(f"{100 * probability:6.2f} %  {run.train.classes[label]}")
@@ -322,19 +378,22 @@ def parse(parser):
     parser.add_argument("--image-size", type=int, help="side of the network's input in pixels")
     parser.add_argument("--rank", type=int, default=8, help="rank r of LoRA (default: 8)")
     parser.add_argument("--epochs", type=int, default=3, help="epochs a task (default: 3)")
-    parser.add_argument("--batch-size", type=int, help="default: 4 for glyphs, else 64")
+    parser.add_argument("--batch-size", type=int, help="default: 6 for glyphs, else 64")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each (default: 0)")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders (default: runs)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+    parser.add_argument("--validate", action="store_true", help="test on a tenth of the training images, held out: for choosing options")
     parser.add_argument("--predict", type=Path, metavar="PICTURE", help="classify this picture with a finished run")
     args = parser.parse_args()
     small = args.dataset == "glyphs"
     args.backbone = args.backbone or ("vit_tiny" if small else "dinov2_vits14")
-    args.batch_size = (4 if small else 64) if args.batch_size is None else args.batch_size
-    for option in ("splits", "rank", "epochs", "batch_size"):
-        if getattr(args, option) < 1:
+    args.batch_size = (6 if small else 64) if args.batch_size is None else args.batch_size
+    for option in ("splits", "rank", "epochs", "batch_size", "predictor_epochs", "predictor_batch_size"):
+        if getattr(args, option, None) is not None and getattr(args, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}: it must be at least 1")
+    if args.predict and len(args.seeds) > 1:
+        raise ValueError(f"--predict takes one run, --seeds names {len(args.seeds)}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise ValueError(f"--seeds {args.seeds}: they must be different numbers, none below 0")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
@@ -345,6 +404,18 @@ def parse(parser):
     return args
 
 
+def launch(args, results, predict):
+    """results(run) for one run per seed, and their table; or predict(run) for a picture."""
+    train, test = data.load(args.dataset, args.data_dir)
+    if args.validate:
+        train, test = data.hold_out(train)
+    runs = (Run(args, seed, train, test) for seed in args.seeds)
+    if args.predict:
+        predict(next(runs))
+    else:
+        print(evaluate.report([results(run) for run in runs]))
+
+
 def main():
     """Trains, stores, recalls and evaluates, one run per seed; or classifies one picture."""
     parser = data.Parser(description="Task-incremental learning (Algorithms 1 and 2).",
@@ -353,12 +424,7 @@ def main():
     args = parse(parser)
     if (args.predict is None) != (args.task is None):
         raise ValueError("--predict PICTURE and --task T go together")
-    if args.predict and len(args.seeds) > 1:
-        raise ValueError(f"--predict takes one run, --seeds names {len(args.seeds)}")
-    train, test = data.load(args.dataset, args.data_dir)
-    if args.predict:
-        return predict(Run(args, args.seeds[0], train, test), args.memory, args.predict, args.task)
-    print(evaluate.report([results(Run(args, seed, train, test), args.memory) for seed in args.seeds]))
+    launch(args, results, predict)
 
 
 if __name__ == "__main__":

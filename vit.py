@@ -109,8 +109,6 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(config.width, config.heads, config.layer_scale) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
-        for name in ("mean", "std"):             # not weights: buffers, so that they move with the model
-            self.register_buffer(name, torch.tensor(getattr(config, name)).view(3, 1, 1), persistent=False)
 
     def forward(self, images):
         x = self.patch_embed(images).flatten(2).transpose(1, 2)              # (B, N, D)
@@ -199,38 +197,44 @@ def resize_positions(pos_embed, n):
 # ---- training on a GPU -----------------------------------------------------------------------------------------------------
 
 class Graphed:
-    """Runs step(*inputs) on a GPU as one CUDA graph: a single launch replays all of its kernels, where eager mode launches
+    """Runs step(*inputs) on a GPU as a CUDA graph: a single launch replays all of its kernels, where eager mode launches
     each, and a small ViT's training step takes longer to launch than to compute.
 
-    The first calls run eagerly, as warm-up; then the step is captured, with inputs of that call's shapes. Inputs of other
-    shapes (the last batch of an epoch) run eagerly. The step must do all its work on the GPU and return nothing.
+    The first calls run eagerly, as warm-up; then the step is captured, once for each shape of the first input (the last
+    batch of an epoch is smaller). The step must do all its work on the GPU and return nothing.
     """
 
     def __init__(self, step, warmup=3):
-        self.step, self.warmup, self.graph, self.stream = step, warmup, None, torch.cuda.Stream()
+        self.step, self.warmup, self.graphs, self.stream = step, warmup, {}, torch.cuda.Stream()
 
     def __call__(self, *inputs):
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            if self.graph is None and self.warmup == 0:
-                self.static, self.graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, stream=self.stream):
-                    self.step(*self.static)
-            self.warmup = max(0, self.warmup - 1)
-            if self.graph is None or inputs[0].shape != self.static[0].shape:
+            if self.warmup:
+                self.warmup -= 1
                 self.step(*inputs)
             else:
-                for static, x in zip(self.static, inputs):
-                    static.copy_(x)
-                self.graph.replay()
+                if inputs[0].shape not in self.graphs:
+                    self.graphs[inputs[0].shape] = self.capture(inputs)
+                static, graph = self.graphs[inputs[0].shape]
+                for ours, x in zip(static, inputs):
+                    ours.copy_(x)
+                graph.replay()
         torch.cuda.current_stream().wait_stream(self.stream)
+
+    def capture(self, inputs):
+        """The graph, which always reads the same tensors, and these tensors."""
+        static, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self.step(*static)
+        return static, graph
 
 
 # ---- python vit.py: pretrain vit_tiny ------------------------------------------------------------------------------------
 
 NORMALISE = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(CONFIGS["vit_tiny"].mean, CONFIGS["vit_tiny"].std)])
 AUGMENT = v2.Compose([v2.RandomResizedCrop(64, scale=(0.35, 1)), v2.RandomHorizontalFlip(), v2.TrivialAugmentWide()])
-MIX = v2.RandomChoice([v2.MixUp(num_classes=200, alpha=0.8), v2.CutMix(num_classes=200)])
+MIX = v2.RandomChoice([v2.MixUp(num_classes=200, alpha=0.8), v2.CutMix(num_classes=200), v2.Identity()])
 
 
 def pretrain(train, epochs, batch_size, lr, device):
@@ -241,12 +245,13 @@ def pretrain(train, epochs, batch_size, lr, device):
             nn.init.trunc_normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
     model, lr = nn.Sequential(vit, head), torch.tensor(lr, device=device)
+    forward = torch.compile(model) if device == "cuda" else model            # fused kernels: twice the images a second
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05, fused=True, capturable=device == "cuda")
     total_loss = torch.zeros((), device=device)
 
     def step(x, y):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=False):
-            loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
+            loss = F.cross_entropy(forward(x), y, label_smoothing=0.1)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -268,14 +273,14 @@ def pretrain(train, epochs, batch_size, lr, device):
     return vit, head
 
 
-def augmented_batches(images, labels, batch_size, pool=4, group=64):
+def augmented_batches(images, labels, batch_size, pool=8, group=128):
     """One epoch of full batches. Each group of images shares one draw of AUGMENT, since per image its many small launches
     would dominate the training; a pool of batches is augmented at once and shuffled, so that every batch mixes groups."""
     order = torch.randperm(len(labels), device=images.device)
     for indices in order[:len(order) // batch_size * batch_size].split(pool * batch_size):
         x = torch.cat([AUGMENT(images[part]) for part in indices.split(group)])
         for batch in torch.randperm(len(x), device=x.device).split(batch_size):
-            yield MIX(NORMALISE(x[batch]), labels[indices[batch]])
+            yield MIX(NORMALISE(x[batch]), F.one_hot(labels[indices[batch]], 200).float())
 
 
 @torch.no_grad()
@@ -291,9 +296,9 @@ def main():
     import data                                  # for this command alone: the model above needs nothing of ours
     parser = data.Parser(description="Pretrain vit_tiny on TinyImageNet.", epilog="example: python vit.py --data-dir data --out new.pt")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds tiny-imagenet-200")
-    parser.add_argument("--epochs", type=int, default=106)
-    parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--lr", type=float, default=0.002, help="peak learning rate of AdamW")
+    parser.add_argument("--epochs", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=0.001, help="peak learning rate of AdamW")
     parser.add_argument("--out", type=Path, default=Path("weights/vit_tiny.pt"), help="a file that does not exist yet")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

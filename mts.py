@@ -1,0 +1,178 @@
+"""Multi-task switching (MTS): Algorithms 3 and 4 of the paper (appendix A.1).
+
+Which task a picture belongs to is not told at inference. A task predictor, LoRA weights theta_0 and a T-way head trained on
+all tasks at once, finds it out; then that task's modulation is recalled and classifies, as in TIL. Adapters and memories are
+those of til.py, in the same run folder; theta_0 is never written to a memory.
+
+    python mts.py                                                         # glyphs, 20 tasks, on a CPU in minutes
+    python mts.py --dataset tinyimagenet --splits 50 --memory bayespcn    # on top of what til.py has trained
+    python mts.py --predict cat.png                                       # Algorithm 4 on a picture of one's own
+"""
+import time
+
+import torch
+
+import data
+import evaluate
+import lora
+import til
+from til import features
+
+LR, EPOCHS = 0.002, 10                                                       # of the task predictor; paper, A.2
+
+
+# ---- the two algorithms --------------------------------------------------------------------------------------------------
+
+def mts_training(run):
+    """Algorithm 3: the task predictor (theta_0 and its head), the memory M_T, and the task keys K_T of a til.Run."""
+    images, task_ids = run.train.images, data.task_ids(run.train.labels, run.tasks)      # 3: all D_t at once
+    predictor = learn_predictor(run, images, task_ids)                       # 4
+    memory, keys = run.memory()                                              # 5 to 11: as Algorithm 1
+    return predictor, memory, keys                                           # 12
+
+
+@torch.no_grad()
+def mts_inference(vit, predictor, heads, images, keys, memory, t_hat=None):
+    """Algorithm 4: the task predicted for each of the uint8 images (n, 3, h, w), t_hat (n,), counted from 0, and the logits
+    (n, classes of a task) of that task's classes.
+
+    predictor: theta (P,) and head; heads, keys: one for each task. t_hat is predicted unless it is given: the true tasks,
+    say, show what recall alone costs. Images of one predicted task go together, so that it is recalled once.
+    """
+    if t_hat is None:
+        lora.set(vit, predictor["theta"])
+        t_hat = predictor["head"](features(vit, images)).argmax(1).cpu()     # 3: t_hat = C(x; W, theta_0)
+    logits = torch.empty(len(images), heads[0].out_features)
+    for t in t_hat.unique().tolist():
+        theta_hat = memory.read(keys[t])                                     # 5
+        lora.set(vit, theta_hat)
+        group = t_hat == t
+        logits[group] = heads[t](features(vit, images[group])).cpu()         # 7: y_hat = C(x; W, theta_hat)
+    return t_hat, logits                                                     # 8
+
+
+# ---- the task predictor ----------------------------------------------------------------------------------------------------
+
+def learn_predictor(run, images, task_ids):
+    """theta_0 (P,) and its head: from the folder if they are there, else trained and kept after every epoch.
+
+    Depends on nothing but the seed: its random numbers are those of t = 0. Raises ValueError for a file made otherwise.
+    """
+    path, device, start = run.folder / "predictor.pt", run.args.device, time.perf_counter()
+    settings = {"epochs": run.args.predictor_epochs, "batch_size": run.args.predictor_batch_size, "lr": LR}
+    classifier, generator = til.Classifier(run.vit, len(run.tasks), data.flips_and_crops), data.generator(run.seed, 0)
+    classifier.init(generator)
+    trainer, state = classifier.trainer, {"settings": settings, "epoch": 0, "seconds": 0}
+    if path.exists():
+        state = data.load_tensors(path)
+        try:
+            if state["settings"] != settings:
+                raise ValueError(f"{path} was trained with {state['settings']}, this command has {settings}: repeat the "
+                                 "earlier setting or name another folder with --out")
+            lora.set(run.vit, state["theta"])
+            classifier.head.load_state_dict(state["head"])
+            if state["epoch"] < settings["epochs"]:                          # an interrupted training goes on
+                trainer.load_state_dict(state["optimizer"])
+                generator.set_state(state["generator"])
+        except (KeyError, TypeError, AttributeError, RuntimeError):
+            raise ValueError(f"{path} does not hold a task predictor of this run: remove it to train it again") from None
+    if state["epoch"] < settings["epochs"]:
+        images, task_ids, before = images.to(device), task_ids.to(device), state["seconds"]
+        for loss, accuracy in trainer.fit(images, task_ids, settings["epochs"], settings["batch_size"], generator, LR, state["epoch"]):
+            state = {"settings": settings, "epoch": state["epoch"] + 1, "theta": lora.get(run.vit).cpu(),
+                     "head": til.on_cpu(classifier.head), "loss": loss, "accuracy": accuracy,
+                     "seconds": before + time.perf_counter() - start,
+                     "optimizer": trainer.state_dict(), "generator": generator.get_state()}
+            data.save_tensors(path, state)
+            rate = state["epoch"] * len(task_ids) / state["seconds"]
+            left = (settings["epochs"] - state["epoch"]) * len(task_ids) / rate
+            print(f"task predictor, epoch {state['epoch']:2}/{settings['epochs']}  loss {loss:.4f}  train accuracy {accuracy:6.2f} %  "
+                  f"{rate:,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+    return state | {"head": classifier.head}
+
+
+# ---- evaluation --------------------------------------------------------------------------------------------------------------
+
+class Always:
+    """A memory that recalls the same theta (P,) whatever it is asked: the controls."""
+
+    def __init__(self, theta):
+        self.theta = theta
+
+    def read(self, key):
+        """theta (P,)."""
+        return self.theta
+
+
+def assess(run, predictor, memory, keys):
+    """Shares of right answers in percent, a dictionary of lists with one number a task, and t_hat of the test images (n,).
+
+    task: the task is right; local: the class is, counted within the task; strict: both. gt and recalled: local, told the
+    true tasks, with the adapters as trained and as recalled. The controls are local, with the predicted tasks.
+    """
+    images, task_ids = run.test.images, data.task_ids(run.test.labels, run.tasks)
+    places = data.positions(run.test.labels, run.tasks, len(run.test.classes))
+    adapters = [run.adapter(t) for t in range(1, len(run.tasks) + 1)]
+    heads, thetas = [a["head"] for a in adapters], torch.stack([a["theta"] for a in adapters])
+    disk = til.new_memory("disk", len(thetas[0]))
+    for theta in thetas:
+        disk.write(*lora.split_key(theta))
+    t_hat, logits = mts_inference(run.vit, predictor, heads, images, keys, memory)
+    lists, none = evaluate.switching_hits(t_hat, logits, task_ids, places), Always(torch.zeros_like(thetas[0]))
+    for name, heads_, keys_, memory_, tasks in (
+            ("gt", heads, keys, disk, task_ids), ("recalled", heads, keys, memory, task_ids),
+            ("none", heads, keys, none, t_hat), ("wrong", heads, keys[-1:] + keys[:-1], disk, t_hat),
+            ("mean", heads, keys, Always(thetas.mean(0)), t_hat), ("linear", til.linear_heads(run), keys, none, t_hat)):
+        _, logits = mts_inference(run.vit, predictor, heads_, images, keys_, memory_, tasks)
+        lists[name] = evaluate.switching_hits(tasks, logits, task_ids, places)["local"]
+    return lists, t_hat
+
+
+def results(run):
+    """Runs Algorithm 3, then Algorithm 4 on all test images; writes mts-<memory>.json and .png and returns the former."""
+    start = time.perf_counter()
+    predictor, memory, keys = mts_training(run)
+    lists, t_hat = assess(run, predictor, memory, keys)
+    faa = {key: evaluate.faa(values) for key, values in lists.items()}
+    task_ids = data.task_ids(run.test.labels, run.tasks)
+    content = {
+        "setting": "mts", "memory": run.memory_name, **run.config, "class_order": run.tasks, "memory_bytes": memory.nbytes,
+        "predictor": predictor["settings"] | {key: predictor[key] for key in ("loss", "accuracy", "seconds")},
+        "task_accuracy": 100 * (t_hat == task_ids).double().mean().item(),
+        "faa_gt": faa["gt"], "faa": faa["recalled"], "faa_local": faa["local"], "faa_strict": faa["strict"],
+        "drop": faa["gt"] - faa["local"], "drop_ids": faa["recalled"] - faa["local"], "drop_recall": faa["gt"] - faa["recalled"],
+        "controls": {key: faa[key] for key in ("none", "wrong", "mean", "linear")}, "per_task": lists,
+        "train_seconds": predictor["seconds"], "wall_seconds": time.perf_counter() - start,
+        "images_per_second": predictor["epoch"] * len(run.train.labels) / predictor["seconds"], **til.machine(run.args.device)}
+    data.save_json(run.folder / f"mts-{run.memory_name}.json", content)
+    evaluate.draw(run.folder / "mts-confusion.png", [evaluate.confusion(task_ids, t_hat, len(run.tasks))], 1)
+    return content
+
+
+def predict(run):
+    """Algorithm 4 on a picture file: prints the predicted task and its classes by name with their probabilities."""
+    image = data.square(data.read_picture(run.args.predict))[None]
+    predictor, memory, keys = mts_training(run)
+    heads = [run.adapter(t)["head"] for t in range(1, len(run.tasks) + 1)]
+    t_hat, logits = mts_inference(run.vit, predictor, heads, image, keys, memory)
+    print(f"task {t_hat.item() + 1} of {len(run.tasks)}")
+    til.print_classes(run, t_hat.item() + 1, logits)
+
+
+# ---- command line ------------------------------------------------------------------------------------------------------------
+
+def main():
+    """Trains, stores, recalls and evaluates, one run per seed; or classifies one picture."""
+    parser = data.Parser(description="Multi-task switching (Algorithms 3 and 4).",
+                         epilog="example: python mts.py --dataset tinyimagenet --splits 50 --memory bayespcn")
+    parser.add_argument("--predictor-epochs", type=int, help="epochs of the task predictor (default: 5 for glyphs, else 10)")
+    parser.add_argument("--predictor-batch-size", type=int, help="default: 16 for glyphs, else 128")
+    args = til.parse(parser)
+    for option, glyphs, other in (("predictor_epochs", 5, EPOCHS), ("predictor_batch_size", 16, 128)):
+        if getattr(args, option) is None:
+            setattr(args, option, glyphs if args.dataset == "glyphs" else other)
+    til.launch(args, results, predict)
+
+
+if __name__ == "__main__":
+    data.run_command(main)
