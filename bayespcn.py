@@ -27,6 +27,7 @@ as ridge regression does, by about 1 − σ² / mean(θ²), which alone is a rel
 import copy
 import math
 
+import numpy as np
 import torch
 from torch.nn.functional import gelu
 
@@ -39,6 +40,13 @@ def check(name, x, *shape):
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape} (None: any): check how theta was cut")
     if not x.isfinite().all():
         raise ValueError(f"{name} holds NaN or infinite elements, expected finite ones: did the training diverge?")
+
+
+def product(x, W):
+    """x @ W of a numpy array and a tensor. numpy does all else in a descent: half the overhead of torch on arrays this small.
+
+    But products are torch's, which can be told to keep to one thread."""
+    return (torch.from_numpy(x) @ W).numpy()
 
 
 class BayesPCN:
@@ -89,20 +97,22 @@ class BayesPCN:
         R = self.R[0][:, :x.shape[1]]
         xx, c, G = x.square().sum(-1), x @ R.T, self._gram() if x.shape[1] == self.dim else R @ R.T
         d = torch.tensor([[m]] + [[self.hidden]] * (self.layers - 2))             # (L-1, 1)
-        return xx.to(self.r), c.to(self.r), torch.stack([G.to(self.r), *self.R[1:]]), torch.stack(self.U), d.to(self.r)
+        W, U = torch.stack([G.to(self.r), *self.R[1:]]), torch.stack(self.U)      # (L-1, H, H)
+        return xx.to(self.r).numpy(), c.to(self.r).numpy(), W, U, d.to(self.r).numpy()
 
     def _energy(self, x, xx, c, W, U, d):
         """E (n,) and, three times as fast as autograd, ∂E/∂x (L-1, n, H) at x (L-1, n, H), where x[l] is x^{l+1}."""
-        z, slope = gelu(x), torch.special.ndtr(x) + x * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)     # GELU'(x)
-        zU, zW = z @ U, z @ W                                                     # (L-1, n, H), zW[0] is zG
-        v, v_top = self.s2 + (zU * z).sum(-1), self.s2 + self.u                   # v = σ² + z U zᵀ  (L-1, n)
-        e, e_top = x[:-1] - zW[1:], x[-1] - self.r                                # x^l − z R_l  (L-2, n, H), (n, H)
+        cdf, pdf = torch.special.ndtr(torch.from_numpy(x)).numpy(), np.exp(x * x / -2) / math.sqrt(2 * math.pi)
+        z, slope = x * cdf, cdf + x * pdf                                         # GELU(x), GELU'(x)
+        zU, zW = product(z, U), product(z, W)                                     # (L-1, n, H), zW[0] is zG
+        v, v_top = self.s2 + (zU * z).sum(-1), float(self.s2 + self.u)            # v = σ² + z U zᵀ  (L-1, n)
+        e, e_top = x[:-1] - zW[1:], x[-1] - self.r.numpy()                        # x^l − z R_l  (L-2, n, H), (n, H)
         # q_0 = x·x − 2 z·c + z G zᵀ,  q_l = ‖x^l − z R_l‖²
-        q = torch.cat([(xx + (z[0] * (zW[0] - 2 * c)).sum(-1))[None], e.square().sum(-1)])      # (L-1, n)
-        E_top = e_top.square().sum(-1) / v_top + self.hidden * math.log(2 * math.pi * v_top)    # (n,)
-        E = 0.5 * ((q / v + d * (2 * math.pi * v).log()).sum(0) + E_top)
+        q = np.concatenate([(xx + (z[0] * (zW[0] - 2 * c)).sum(-1))[None], (e * e).sum(-1)])      # (L-1, n)
+        E_top = (e_top * e_top).sum(-1) / v_top + self.hidden * math.log(2 * math.pi * v_top)     # (n,)
+        E = 0.5 * ((q / v + d * np.log(2 * math.pi * v)).sum(0) + E_top)
         # ∂E/∂z = (½q' + (d − q/v) ½v') / v,  with ½q' = zG − c for layer 0 and −(x^l − z R_l) R_lᵀ above,  ½v' = zU
-        dq = torch.cat([(zW[0] - c)[None], -e @ W[1:].mT])                        # (L-1, n, H)
+        dq = np.concatenate([(zW[0] - c)[None], -product(e, W[1:].mT)])           # (L-1, n, H)
         g = (dq + (d - q / v)[..., None] * zU) / v[..., None] * slope
         g[:-1] += e / v[1:, :, None]        # x^l is also what layer l predicts: ∂E/∂x^l += (x^l − z R_l) / v_l
         g[-1] += e_top / v_top
@@ -110,23 +120,23 @@ class BayesPCN:
 
     def _descend(self, stream, bottom):
         """x (L-1, n, H) after Adam on E, from the stream's noise in every row. A row stops once E changes by < 1e-3."""
-        x = torch.stack([*self._normal(stream, self.layers - 1, self.hidden)])[:, None].repeat(1, len(bottom[0]), 1)
-        x, m, s, E_before, moving, threads = x.to(self.r), 0, 0, math.inf, 1, torch.get_num_threads()
-        torch.set_num_threads(1)    # no slower on tensors this small, and 50 times faster where others use the cores
+        start = torch.stack([*self._normal(stream, self.layers - 1, self.hidden)])[:, None].numpy()
+        x, m, s, E_before, moving, threads = start.repeat(len(bottom[0]), axis=1), 0, 0, math.inf, 1, torch.get_num_threads()
+        torch.set_num_threads(1)    # no slower on arrays this small, and 50 times faster where others use the cores
         try:
             for i in range(1, self.steps + 1):
                 E, g = self._energy(x, *bottom)
-                moving = moving * ((E - E_before).abs() >= 1e-3)                  # (n,)
+                moving = moving * (abs(E - E_before) >= 1e-3)                     # (n,)
                 if not moving.any():
                     break
                 E_before, m, s = E, 0.9 * m + 0.1 * g, 0.999 * s + 0.001 * g * g
                 # Falls to 0 after 30 % of the steps: activations are some 0.003 big, steps of a constant 0.01 never
                 # settle, and so wildly that rounding alone, another batch size, moved theta_hat by up to 14 %.
                 lr = self.lr * min(1, (1 - (i - 1) / self.steps) / 0.7)
-                x = x - moving[:, None] * lr * (m / (1 - 0.9 ** i)) / ((s / (1 - 0.999 ** i)).sqrt() + 1e-8)
+                x = x - moving[:, None] * lr * (m / (1 - 0.9 ** i)) / (np.sqrt(s / (1 - 0.999 ** i)) + 1e-8)
         finally:
             torch.set_num_threads(threads)
-        return x
+        return torch.from_numpy(x)
 
     def write(self, key, value):
         """Stores theta = key ⊕ value, 1-D floating-point tensors of `dim` elements together. Raises ValueError."""
@@ -158,7 +168,7 @@ class BayesPCN:
     def log_joint(self, activations):
         """log p (n,) of each row of [x0 (n, D), x1 (n, H), ..] by itself, weights integrated out. Raises ValueError."""
         x0, x = self._layers(activations)
-        return -self._energy(x, *self._bottom(x0, self.dim))[0]
+        return -torch.from_numpy(self._energy(x.numpy(), *self._bottom(x0, self.dim))[0])
 
     def condition(self, activations):
         """Bayes' rule with given activations [x0 (n, D), x1 (n, H), ..], row after row. Raises ValueError."""

@@ -153,9 +153,15 @@ def report(results):
 
 
 def read_runs(folders):
-    """The contents of all til-*.json and mts-*.json in these run folders. Raises ValueError if there is none."""
-    results = [data.load_json(path) for folder in dict.fromkeys(map(Path.resolve, folders))
-               for path in sorted([*folder.glob("til-*.json"), *folder.glob("mts-*.json")])]
+    """The contents of all til-*.json and mts-*.json in these run folders. Raises ValueError if there is none, or a broken one."""
+    results = []
+    for folder in dict.fromkeys(map(Path.resolve, folders)):
+        for path in sorted([*folder.glob("til-*.json"), *folder.glob("mts-*.json")]):
+            results.append(data.load_json(path))
+            try:
+                report(results[-1:])
+            except (KeyError, TypeError, AttributeError):
+                raise ValueError(f"{path} is not a result of this version: remove it and run the command again") from None
     if not results:
         raise ValueError("no til-*.json or mts-*.json in these folders: run til.py or mts.py first")
     return results
@@ -337,6 +343,13 @@ literal   the descent in full width, without Gram matrix, timed on one write (ag
           at the smallest T, scaled to all T; the factor is that over writing all T and reading them as one batch"""
 
 
+def bench_table(rows):
+    """The rows of one P as text."""
+    cells = [ROW.format(**row | {"MB": row["bytes"] / 1e6, "hidden": row["hidden"] or ""}) for row in rows]
+    literal = [LITERAL.format(**row) + "\n" for row in rows if "speedup" in row]
+    return "".join([columns([TITLE.format(P=rows[0]["P"]), *cells]), "\n", *literal])
+
+
 def bench(words):
     """Time, bytes and recall error of the memories on made-up thetas, as their number T and length P grow."""
     parser = data.Parser(prog="evaluate.py bench", description=bench.__doc__,
@@ -360,9 +373,7 @@ def bench(words):
         new += bench_memory(Hopfield(), thetas, counts, "hopfield")
         for hidden in args.hidden:
             new += bench_memory(BayesPCN(P, hidden, device=args.device), thetas, counts, "bayespcn")
-        cells = [ROW.format(**row | {"MB": row["bytes"] / 1e6, "hidden": row["hidden"] or ""}) for row in new]
-        print(columns([TITLE.format(P=P), *cells]))
-        print(*(LITERAL.format(**row) for row in new if "speedup" in row), "", sep="\n", flush=True)
+        print(bench_table(new), flush=True)
         rows += new
     out = args.out or Path(f"results/bench-{args.device}.json")
     data.save_json(out, {
@@ -427,6 +438,15 @@ def probe_rows(thetas, generator):
     return rows, hopfield
 
 
+def probe_table(rows):
+    """Mean recall errors and Hopfield's smallest weight as text."""
+    names, lines = ("hopfield", "smallest_weight", *READS), []
+    for row in rows:
+        cells = [f"{row[name]:.4f}" if row.get(name) is not None else "–" for name in names]
+        lines.append("|".join([f"{row['probe']} {row['level']}", *cells]))
+    return columns(["|".join(("recall error", *names)), *lines])
+
+
 def with_beta(hopfield, beta):
     """The same memory, K and V shared, with another beta."""
     other = Hopfield()
@@ -455,15 +475,13 @@ def probe(words):
     args = parser.parse_args(words)
     config, thetas = load_run(args.run)
     rows, hopfield = probe_rows(thetas, data.generator(config["seed"]))
-    out, names = args.out or args.run, ("hopfield", "smallest_weight", *READS)
+    out = args.out or args.run
     data.save_json(out / "probe.json", {"config": config, "P": thetas.shape[1], "versions": VERSIONS, "rows": rows})
     errors = [[row["per_task"][name] for row in rows if row["probe"] == "noise"] for name in ("hopfield", "bayespcn")]
     draw(out / "probe-noise.png", [torch.tensor(x) for x in errors], 1, 30)
     keys, _ = split_key(thetas)
     draw(out / "probe-softmax.png", [with_beta(hopfield, beta).attention(keys) for beta in PANELS], len(PANELS))
-    cells = [[f"{row[name]:.4f}" if row.get(name) is not None else "–" for name in names] for row in rows]
-    lines = ["|".join((f"{row['probe']} {row['level']}", *line)) for row, line in zip(rows, cells)]
-    print(columns(["|".join(("recall error", *names)), *lines]))
+    print(probe_table(rows))
     print(f"""{out}/probe.json
 {out}/probe-noise.png    square root of the recall error, 0 dark, 1 and more bright; hopfield above, bayespcn below
                          a column for each task, a row for each noise {NOISE}

@@ -54,41 +54,46 @@ def mts_inference(vit, predictor, heads, images, keys, memory, t_hat=None):
 # ---- the task predictor ----------------------------------------------------------------------------------------------------
 
 def learn_predictor(run, images, task_ids):
-    """theta_0 (P,) and its head: from the folder if they are there, else trained and kept after every epoch.
+    """theta_0 (P,) and its head: from the folder if they are there, else trained, and kept after every epoch.
 
-    Depends on nothing but the seed: its random numbers are those of t = 0. Raises ValueError for a file made otherwise.
+    They depend on nothing but the seed: their random numbers are those of t = 0. Unlike a task's, its pictures are cropped at
+    random too: ten epochs with flips alone overfit. Raises ValueError for a file that was made otherwise.
     """
-    path, device, start = run.folder / "predictor.pt", run.args.device, time.perf_counter()
-    settings = {"epochs": run.args.predictor_epochs, "batch_size": run.args.predictor_batch_size, "lr": LR}
-    classifier, generator = til.Classifier(run.vit, len(run.tasks), data.flips_and_crops), data.generator(run.seed, 0)
+    path, generator = run.folder / "predictor.pt", data.generator(run.seed, 0)
+    epochs, batch_size = run.args.predictor_epochs, run.args.predictor_batch_size
+    settings = {"epochs": epochs, "batch_size": batch_size, "lr": [LR, til.LR_END]}
+    classifier = til.Classifier(run.vit, len(run.tasks), data.flips_and_crops)
     classifier.init(generator)
-    trainer, state = classifier.trainer, {"settings": settings, "epoch": 0, "seconds": 0}
-    if path.exists():
-        state = data.load_tensors(path)
-        try:
-            if state["settings"] != settings:
-                raise ValueError(f"{path} was trained with {state['settings']}, this command has {settings}: repeat the "
-                                 "earlier setting or name another folder with --out")
-            lora.set(run.vit, state["theta"])
-            classifier.head.load_state_dict(state["head"])
-            if state["epoch"] < settings["epochs"]:                          # an interrupted training goes on
-                trainer.load_state_dict(state["optimizer"])
-                generator.set_state(state["generator"])
-        except (KeyError, TypeError, AttributeError, RuntimeError):
-            raise ValueError(f"{path} does not hold a task predictor of this run: remove it to train it again") from None
-    if state["epoch"] < settings["epochs"]:
-        images, task_ids, before = images.to(device), task_ids.to(device), state["seconds"]
-        for loss, accuracy in trainer.fit(images, task_ids, settings["epochs"], settings["batch_size"], generator, LR, state["epoch"]):
-            state = {"settings": settings, "epoch": state["epoch"] + 1, "theta": lora.get(run.vit).cpu(),
-                     "head": til.on_cpu(classifier.head), "loss": loss, "accuracy": accuracy,
-                     "seconds": before + time.perf_counter() - start,
+    state = load_predictor(path, settings, classifier, generator) if path.exists() else {"epoch": 0, "seconds": 0}
+    if state["epoch"] < epochs:
+        images, task_ids = images.to(run.args.device), task_ids.to(run.args.device)
+        start, trainer = time.perf_counter() - state["seconds"], classifier.trainer
+        losses = trainer.fit(images, task_ids, epochs, batch_size, generator, LR, state["epoch"])
+        for epoch, (loss, accuracy) in enumerate(losses, state["epoch"] + 1):
+            seconds = time.perf_counter() - start
+            state = {"settings": settings, "epoch": epoch, "theta": lora.get(run.vit).cpu(), "head": til.on_cpu(classifier.head),
+                     "loss": loss, "accuracy": accuracy, "seconds": seconds, "images": epoch * len(task_ids),
                      "optimizer": trainer.state_dict(), "generator": generator.get_state()}
             data.save_tensors(path, state)
-            rate = state["epoch"] * len(task_ids) / state["seconds"]
-            left = (settings["epochs"] - state["epoch"]) * len(task_ids) / rate
-            print(f"task predictor, epoch {state['epoch']:2}/{settings['epochs']}  loss {loss:.4f}  train accuracy {accuracy:6.2f} %  "
-                  f"{rate:,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+            print(f"task predictor, epoch {epoch:2}/{epochs}  loss {loss:.4f}  train accuracy {accuracy:6.2f} %  "
+                  + til.pace(state["images"], seconds, (epochs - epoch) / epoch), flush=True)
     return state | {"head": classifier.head}
+
+
+def load_predictor(path, settings, classifier, generator):
+    """What learn_predictor saved, put back into classifier and generator. Raises ValueError if the file holds something else."""
+    state = data.load_tensors(path)
+    try:
+        if state["settings"] == settings:
+            lora.set(classifier.vit, state["theta"])
+            classifier.head.load_state_dict(state["head"])
+            classifier.trainer.load_state_dict(state["optimizer"])
+            generator.set_state(state["generator"])
+            return state
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
+        raise ValueError(f"{path} does not hold a task predictor of this run: remove it to train it again") from None
+    raise ValueError(f"{path} was trained with {state['settings']}, this command has {settings}: repeat the earlier setting "
+                     "or name another folder with --out")
 
 
 # ---- evaluation --------------------------------------------------------------------------------------------------------------
@@ -143,7 +148,7 @@ def results(run):
         "drop": faa["gt"] - faa["local"], "drop_ids": faa["recalled"] - faa["local"], "drop_recall": faa["gt"] - faa["recalled"],
         "controls": {key: faa[key] for key in ("none", "wrong", "mean", "linear")}, "per_task": lists,
         "train_seconds": predictor["seconds"], "wall_seconds": time.perf_counter() - start,
-        "images_per_second": predictor["epoch"] * len(run.train.labels) / predictor["seconds"], **til.machine(run.args.device)}
+        "images_per_second": predictor["images"] / predictor["seconds"], **til.machine(run.args.device)}
     data.save_json(run.folder / f"mts-{run.memory_name}.json", content)
     evaluate.draw(run.folder / "mts-confusion.png", [evaluate.confusion(task_ids, t_hat, len(run.tasks))], 1)
     return content
@@ -151,6 +156,8 @@ def results(run):
 
 def predict(run):
     """Algorithm 4 on a picture file: prints the predicted task and its classes by name with their probabilities."""
+    if not (run.folder / "predictor.pt").exists():
+        raise FileNotFoundError(f"no task predictor in {run.folder}: run the same command without --predict first")
     image = data.square(data.read_picture(run.args.predict))[None]
     predictor, memory, keys = mts_training(run)
     heads = [run.adapter(t)["head"] for t in range(1, len(run.tasks) + 1)]

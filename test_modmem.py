@@ -377,7 +377,7 @@ def test_forgetting_nothing_and_everything():
 def test_gram_space_energy_and_gradient_are_the_literal_ones(layers, width, m):
     memory, thetas = stored(layers=layers)
     xs = [0.1 * x for x in activations(2, 60, 32, layers)[1:]]
-    E, gradient = memory._energy(torch.stack(xs), *memory._bottom(thetas[:2, :width], m))
+    E, gradient = map(torch.from_numpy, memory._energy(torch.stack(xs).numpy(), *memory._bottom(thetas[:2, :width], m)))
     for i in range(2):
         x, x0 = [x[i].clone().requires_grad_() for x in xs], thetas[i, :width]
         if (width, m) == (20, 60):               # joint: the missing values sit on their prediction
@@ -392,7 +392,7 @@ def test_gram_space_energy_and_gradient_are_the_literal_ones(layers, width, m):
 @pytest.mark.parametrize("read, m", [("marginal", 20), ("joint", 60)])
 def test_fast_write_and_read_are_the_literal_descent(read, m):
     (memory, thetas), (twin, _) = stored(5, read=read), stored(5, read=read)
-    memory.steps = 100                           # enough to leave the start; rounding grows with the steps
+    memory.steps = 60                            # enough to leave the start; rounding grows with the steps
     key, new = thetas[2, :20], vectors(1, 60, seed=9)[0]
     x = literal_descent(memory, lambda x: literal_energy(memory, key, x, m), start_of(memory, 4))
     literal = (F.gelu(x[0]) @ memory.R[0])[20:]
@@ -995,6 +995,14 @@ def test_mistakes_in_evaluate(tmp_path, monkeypatch, capsys, words, said):
     words = [str(word).format(empty=tmp_path) for word in words]
     code, out, err = command(evaluate.main, monkeypatch, capsys, *words)
     assert code == 2 and said in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_a_result_that_is_broken_is_named(tmp_path, monkeypatch, capsys):
+    result = json.loads(next((HERE / "results").glob("glyphs*/til-hopfield.json")).read_text())
+    for broken in ({key: value for key, value in result.items() if key != "faa"}, result | {"controls": 3}, result | {"faa": "x"}):
+        (tmp_path / "til-hopfield.json").write_text(json.dumps(broken))
+        code, out, err = command(evaluate.main, monkeypatch, capsys, tmp_path)
+        assert code == 2 and "til-hopfield.json is not a result" in err and err.count("\n") == 1
 
 
 def test_the_tables_of_the_readme_are_the_results():

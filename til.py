@@ -185,6 +185,12 @@ def train_adapter(classifier, images, labels, epochs, batch_size, generator):
             "images": epochs * len(labels), "seconds": time.perf_counter() - start}
 
 
+def pace(images, seconds, to_come):
+    """For the progress lines: images a second, and the time left if to_come times as much is still to come."""
+    minutes, rest = divmod(round(seconds * to_come), 60)
+    return f"{images / seconds:,.0f} images/s  {minutes}:{rest:02} left"
+
+
 def on_cpu(module):
     """A copy of a module's state dict on the CPU."""
     return {name: value.cpu().clone() for name, value in module.state_dict().items()}
@@ -250,9 +256,8 @@ class Run:
             except FloatingPointError as error:
                 raise FloatingPointError(f"task {t}: {error}") from None
             data.save_tensors(path, adapter)
-            left = adapter["seconds"] * (len(self.tasks) - t)
             print(f"task {t:3}/{len(self.tasks)}  loss {adapter['loss']:.4f}  train accuracy {adapter['accuracy']:6.2f} %  "
-                  f"{adapter['images'] / adapter['seconds']:,.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+                  + pace(adapter["images"], adapter["seconds"], len(self.tasks) - t), flush=True)
         return self.adapter(t)["theta"]
 
     def memory(self):
@@ -270,9 +275,12 @@ class Run:
             memory.load_state_dict(state["memory"])
             if len(state["keys"]) != len(self.tasks):
                 raise ValueError
-            return memory, state["keys"]
         except (KeyError, TypeError, AttributeError, ValueError):
             raise ValueError(f"{path} does not hold a {self.args.memory} memory of this run: remove it to write it again") from None
+        for t, key in enumerate(state["keys"], 1):
+            if not torch.equal(lora.split_key(self.adapter(t)["theta"])[0], key):
+                raise ValueError(f"{path} was not written from adapters/{t}.pt: remove it")
+        return memory, state["keys"]
 
 
 def assess(run, memory, keys):
@@ -285,8 +293,6 @@ def assess(run, memory, keys):
     lists = {name: [] for name in ("gt", "recalled", "none", "wrong", "mean", "linear", "recall_error")}
     linear = linear_heads(run)
     for t, classes in enumerate(data.progress(run.tasks, len(run.tasks), "evaluating")):
-        if not torch.equal(lora.split_key(thetas[t])[0], keys[t]):
-            raise ValueError(f"the memory file in {run.folder} was not written from adapters/{t + 1}.pt: remove it")
         images, labels = data.task(run.test, classes)
         head = run.adapter(t + 1)["head"]
         logits = til_inference(run.vit, head, images, keys[t], memory)
