@@ -1008,3 +1008,6 @@ def test_a_result_that_is_broken_is_named(tmp_path, monkeypatch, capsys):
 def test_the_tables_of_the_readme_are_the_results():
     readme, tables = (HERE / "README.md").read_text(), evaluate.report(evaluate.read_runs(sorted((HERE / "results").iterdir())))
     assert tables.split("FAA  ")[0].strip() in readme
+    bench, probe = (json.loads((HERE / "results" / name).read_text())["rows"] for name in ("bench-cpu.json", "probe/probe.json"))
+    assert evaluate.bench_table([row for row in bench if row["P"] == 147_456]).strip() in readme
+    assert evaluate.probe_table(probe).strip() in readme

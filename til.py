@@ -226,9 +226,9 @@ class Run:
         self.folder = args.out / f"{args.dataset}{validate}-{args.splits}s-{args.backbone}{size}-r{args.rank}-seed{seed}"
         self.memory_name = args.memory + ("-joint" if (args.memory, args.bpcn_read) == ("bayespcn", "joint") else "")
         self.config = {
-            "dataset": args.dataset, "validate": args.validate, "splits": args.splits, "backbone": args.backbone, "rank": args.rank, "seed": seed,
-            "image_size": self.vit.image_size, "epochs": args.epochs, "batch_size": args.batch_size, "lr": [LR, LR_END],
-            "weight_decay": WEIGHT_DECAY, "weights": weights,
+            "dataset": args.dataset, "validate": args.validate, "splits": args.splits, "backbone": args.backbone,
+            "rank": args.rank, "seed": seed, "image_size": self.vit.image_size, "epochs": args.epochs,
+            "batch_size": args.batch_size, "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY, "weights": weights,
             "train_images": len(train.labels), "train_data": data.checksum(train.labels, train.images[::97]),
             "test_images": len(test.labels), "test_data": data.checksum(test.labels, test.images[::97])}
         if args.predict and not (self.folder / f"{args.memory}.pt").exists():
