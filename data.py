@@ -312,19 +312,24 @@ def atomically(path, write):
 
 
 def save_tensors(path, content):
-    """A dictionary of tensors, numbers and strings, written atomically."""
-    atomically(path, lambda scratch: torch.save(content, scratch))
+    """A dictionary of tensors, numbers and strings, written atomically, with a checksum of all of it."""
+    atomically(path, lambda scratch: torch.save(content | {"checksum": checksum(content)}, scratch))
 
 
 def load_tensors(path, mmap=None):
-    """What save_tensors wrote, on the CPU, without executing pickles. Raises ValueError for a damaged file."""
+    """What save_tensors wrote, on the CPU, without executing pickles. Raises ValueError for a damaged file.
+
+    With mmap the file is read where it is used, and its checksum not at all.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        expected = content.pop("checksum", None)
+        whole = mmap or expected == checksum(content)
     except (FileNotFoundError, PermissionError):
         raise
     except Exception:                            # bytes that are no PyTorch file make torch.load raise almost anything
-        content = None
-    if not isinstance(content, dict):
+        whole = False
+    if not whole:
         raise ValueError(f"{path} is damaged: remove it and run the command again")
     return content
 
@@ -346,12 +351,20 @@ def load_json(path):
     return content
 
 
-def checksum(*tensors):
-    """CRC-32 of the tensors' bytes, as text: tells one data set or set of weights from another."""
-    crc = 0
-    for tensor in tensors:
-        crc = zlib.crc32(tensor.contiguous().numpy(), crc)
-    return f"{crc:08x}"
+def checksum(*content):
+    """CRC-32, as text, of tensors, numbers and strings, in dictionaries and lists: tells one data set or file from another."""
+    return f"{crc32(content):08x}"
+
+
+def crc32(content, crc=0):
+    """The same as a number, continued from `crc`."""
+    if isinstance(content, torch.Tensor):
+        return zlib.crc32(content.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
+    if isinstance(content, (dict, list, tuple)):
+        for item in content.items() if isinstance(content, dict) else content:
+            crc = crc32(item, crc)
+        return crc
+    return zlib.crc32(repr(content).encode(), crc)
 
 
 def open_run(folder, config):

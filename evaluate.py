@@ -133,13 +133,25 @@ def provenance(name, runs):
             f"peak memory {mean('peak_memory_bytes') / 1e9:.1f} GB; weights {runs[0]['weights']}")
 
 
+TITLE = ("dataset", "splits", "backbone", "image_size", "rank", "validate")                     # what the title of a table names
+SAME = ("epochs", "batch_size", "lr", "weight_decay", "weights", "train_data", "test_data")     # and what else its runs share
+
+
 def report(results):
-    """Markdown tables of til-*.json and mts-*.json contents: one for each setting, seeds averaged, memories side by side."""
+    """Markdown tables of til-*.json and mts-*.json contents: one for each experiment, seeds averaged, memories side by side.
+
+    Raises ValueError if one experiment comes twice with the same seed.
+    """
     groups, lines = {}, []
     for result in sorted(results, key=lambda result: result["setting"], reverse=True):                  # TIL first
-        key = tuple(result[name] for name in ("dataset", "splits", "backbone", "image_size", "rank", "validate", "setting"))
-        groups.setdefault(key, {}).setdefault(result["memory"], []).append(result)
-    for (dataset, splits, backbone, size, rank, validate, setting), memories in sorted(groups.items(), key=lambda item: item[0][:-1]):
+        predictor = [result.get("predictor", {}).get(name) for name in ("epochs", "batch_size", "lr")]
+        key = (*(result[name] for name in TITLE), str([[result[name] for name in SAME], predictor]), result["setting"])
+        runs = groups.setdefault(key, {}).setdefault(result["memory"], [])
+        if any(run["seed"] == result["seed"] for run in runs):
+            raise ValueError(f"two results of seed {result['seed']} for {key[:3]}, {result['memory']}: name one of the folders")
+        runs.append(result)
+    for key, memories in sorted(groups.items(), key=lambda item: item[0][:len(TITLE)]):
+        (dataset, splits, backbone, size, rank, validate), setting = key[:len(TITLE)], key[-1]
         memories = {name: memories[name] for name in MEMORIES if name in memories}
         held_out = ", on held-out training images" if validate else ""
         lines += [f"{setting.upper()}: {dataset}, {splits} splits, {backbone}, {size} px, rank {rank}{held_out}", ""]
@@ -156,6 +168,8 @@ def read_runs(folders):
     """The contents of all til-*.json and mts-*.json in these run folders. Raises ValueError if there is none, or a broken one."""
     results = []
     for folder in dict.fromkeys(map(Path.resolve, folders)):
+        if not folder.exists():
+            raise ValueError(f"there is no {folder}: name finished run folders")
         for path in sorted([*folder.glob("til-*.json"), *folder.glob("mts-*.json")]):
             results.append(data.load_json(path))
             try:
@@ -333,7 +347,7 @@ def bench_memory(memory, thetas, counts, label):
     return rows
 
 
-TITLE = "P = {P:,}|T|write ms|read ms|alone ms|MB|error: mean|first|last|max"
+HEAD = "P = {P:,}|T|write ms|read ms|alone ms|MB|error: mean|first|last|max"
 ROW = "{memory} {hidden}|{T}|{write_ms:.1f}|{read_ms:.1f}|{alone_ms:.1f}|{MB:.1f}|{mean:.4f}|{first:.4f}|{last:.4f}|{max:.4f}"
 LITERAL = "{memory} {hidden}, T = {T}: {speedup:.0f} x literal (write {literal_write_ms:,.0f}, read {literal_read_ms:,.0f} ms)"
 LEGEND = """\
@@ -347,7 +361,7 @@ def bench_table(rows):
     """The rows of one P as text."""
     cells = [ROW.format(**row | {"MB": row["bytes"] / 1e6, "hidden": row["hidden"] or ""}) for row in rows]
     literal = [LITERAL.format(**row) + "\n" for row in rows if "speedup" in row]
-    return "".join([columns([TITLE.format(P=rows[0]["P"]), *cells]), "\n", *literal])
+    return "".join([columns([HEAD.format(P=rows[0]["P"]), *cells]), "\n", *literal])
 
 
 def bench(words):
@@ -392,12 +406,13 @@ PANELS = (0.1, 0.3, 1, 25)                                                   # t
 
 def load_run(run):
     """config and thetas (T, P) of a run folder. Raises ValueError if it is not a finished one."""
-    config = data.load_json(run / "config.json")
     try:
+        config = data.load_json(run / "config.json")
+        data.generator(config["seed"])
         paths = [run / "adapters" / f"{t}.pt" for t in range(1, config["splits"] + 1)]
         return config, torch.stack([data.load_tensors(path)["theta"] for path in paths])
     except (FileNotFoundError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{run} does not hold all adapters of a run ({error}): finish it with til.py") from None
+        raise ValueError(f"{run} does not hold config and all adapters of a run ({error}): finish it with til.py") from None
 
 
 def probe_row(probe, level, thetas, cues, hopfield=None, bayespcn=None):

@@ -64,7 +64,9 @@ def learn_predictor(run, images, task_ids):
     settings = {"epochs": epochs, "batch_size": batch_size, "lr": [LR, til.LR_END]}
     classifier = til.Classifier(run.vit, len(run.tasks), data.flips_and_crops)
     classifier.init(generator)
-    state = load_predictor(path, settings, classifier, generator) if path.exists() else {"epoch": 0, "seconds": 0}
+    state = load_predictor(run, path, settings, classifier, generator) if path.exists() else {"epoch": 0, "seconds": 0}
+    if run.args.predict and state["epoch"] < epochs:
+        raise FileNotFoundError(f"{path} is missing or unfinished: run the same command without --predict first")
     if state["epoch"] < epochs:
         images, task_ids = images.to(run.args.device), task_ids.to(run.args.device)
         start, trainer = time.perf_counter() - state["seconds"], classifier.trainer
@@ -74,15 +76,15 @@ def learn_predictor(run, images, task_ids):
             state = {"settings": settings, "epoch": epoch, "theta": lora.get(run.vit).cpu(), "head": til.on_cpu(classifier.head),
                      "loss": loss, "accuracy": accuracy, "seconds": seconds, "images": epoch * len(task_ids),
                      "optimizer": trainer.state_dict(), "generator": generator.get_state()}
-            data.save_tensors(path, state)
+            run.save(path, state)
             print(f"task predictor, epoch {epoch:2}/{epochs}  loss {loss:.4f}  train accuracy {accuracy:6.2f} %  "
                   + til.pace(state["images"], seconds, (epochs - epoch) / epoch), flush=True)
     return state | {"head": classifier.head}
 
 
-def load_predictor(path, settings, classifier, generator):
+def load_predictor(run, path, settings, classifier, generator):
     """What learn_predictor saved, put back into classifier and generator. Raises ValueError if the file holds something else."""
-    state = data.load_tensors(path)
+    state = run.load(path)
     try:
         if state["settings"] == settings:
             lora.set(classifier.vit, state["theta"])
@@ -156,8 +158,6 @@ def results(run):
 
 def predict(run):
     """Algorithm 4 on a picture file: prints the predicted task and its classes by name with their probabilities."""
-    if not (run.folder / "predictor.pt").exists():
-        raise FileNotFoundError(f"no task predictor in {run.folder}: run the same command without --predict first")
     image = data.square(data.read_picture(run.args.predict))[None]
     predictor, memory, keys = mts_training(run)
     heads = [run.adapter(t)["head"] for t in range(1, len(run.tasks) + 1)]

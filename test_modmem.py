@@ -583,6 +583,17 @@ def test_pictures_of_any_size_and_mode(tmp_path):
             data.read_picture(path)
 
 
+def test_a_file_whose_content_was_changed_is_refused(tmp_path):
+    content, path = {"a": randn(3), "b": [1, "x", {"c": torch.tensor(True)}], "n": 2.5}, tmp_path / "a.pt"
+    data.save_tensors(path, content)
+    assert torch.equal(data.load_tensors(path)["a"], content["a"]) and data.load_tensors(path)["b"] == content["b"]
+    stored = torch.load(path, weights_only=True)
+    for change in ({"a": -randn(3)}, {"n": 2.6}, {"b": [1, "y", {"c": torch.tensor(True)}]}, {"more": 1}, {"checksum": "0"}):
+        torch.save(stored | change, path)
+        with pytest.raises(ValueError, match="a.pt is damaged"):
+            data.load_tensors(path)
+
+
 def test_files_appear_whole_or_not_at_all(tmp_path):
     def dies(scratch):
         scratch.write_text("half")
@@ -882,7 +893,13 @@ def test_mts_on_a_small_cifar100(cifar, tmp_path, monkeypatch, capsys):
     write_png(data.load("cifar100", cifar)[1].images[0], str(picture))
     code, out, err = command(mts.main, monkeypatch, capsys, *words, "--predict", picture)
     assert code == 0 and out.startswith("task ") and out.count("colour") == 5, err
-    (folder / "predictor.pt").write_bytes(b"x")
+    whole = data.load_tensors(folder / "predictor.pt")
+    for content, said in ((whole | {"epoch": 1}, "missing or unfinished"), (whole | {"config": {}}, "other settings")):
+        data.save_tensors(folder / "predictor.pt", content)
+        code, out, err = command(mts.main, monkeypatch, capsys, *words, "--predict", picture)
+        assert code == 2 and "predictor.pt" in err and said in err
+    whole["theta"][5000] = torch.nan
+    torch.save(whole | {"checksum": "0"}, folder / "predictor.pt")
     code, out, err = command(mts.main, monkeypatch, capsys, *words)
     assert code == 2 and "predictor.pt is damaged" in err
 
@@ -988,7 +1005,7 @@ def test_probe_tells_exact_recall_from_the_mean(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("words, said", [
     (("bench", "--sizes", 9), "--sizes 9"), (("bench", "--counts", 3, 0), "--counts 0"), (("bench", "--hidden", -1), "--hidden -1"),
     (("bench", "--device", "tpu"), "--device"), (("probe", "no/such"), "no/such/config.json"), (("probe",), "run"), ((), "runs"),
-    (("probe", "{empty}"), "does not hold all adapters")])
+    (("probe", "{empty}"), "does not hold config and all adapters")])
 def test_mistakes_in_evaluate(tmp_path, monkeypatch, capsys, words, said):
     run_folder(tmp_path, [randn(40)])
     (tmp_path / "adapters" / "1.pt").unlink()
@@ -1003,6 +1020,9 @@ def test_a_result_that_is_broken_is_named(tmp_path, monkeypatch, capsys):
         (tmp_path / "til-hopfield.json").write_text(json.dumps(broken))
         code, out, err = command(evaluate.main, monkeypatch, capsys, tmp_path)
         assert code == 2 and "til-hopfield.json is not a result" in err and err.count("\n") == 1
+    with pytest.raises(ValueError, match="two results of seed 0"):
+        evaluate.report([result, result])
+    assert evaluate.report([result, result | {"epochs": 9, "seed": 1}]).count("FAA_GT |") == 2       # not averaged
 
 
 def test_the_tables_of_the_readme_are_the_results():

@@ -145,7 +145,8 @@ class Trainer:
     def load_state_dict(self, state):
         """Takes over what state_dict gave."""
         self.optimizer.load_state_dict(state)
-        self.optimizer.param_groups[0]["lr"] = self.lr                       # the tensor that fit sets and the graph reads
+        # The tensor that fit sets and the graph reads; and the file may come from a run on a CPU.
+        self.optimizer.param_groups[0].update(lr=self.lr, capturable=self.lr.is_cuda)
 
 
 class Classifier:
@@ -238,24 +239,39 @@ class Run:
     def adapter(self, t):
         """What train_adapter returned for task t (1..T). Raises ValueError if the file holds something else."""
         path, head = self.folder / "adapters" / f"{t}.pt", copy.deepcopy(self.classifier.head)
-        adapter = data.load_tensors(path)
+        adapter = self.load(path)
         try:
             lora.set(self.vit, adapter["theta"])
             head.load_state_dict(adapter["head"])
+            if adapter["t"] != t:
+                raise ValueError
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
-            raise ValueError(f"{path} does not hold an adapter of this run: remove it to train task {t} again") from None
+            raise ValueError(f"{path} does not hold the adapter of task {t}: remove it to train it again") from None
         return adapter | {"head": head}
+
+    def save(self, path, content):
+        """Keeps tensors, numbers and strings in a file of this run."""
+        data.save_tensors(path, content | {"config": self.config})
+
+    def load(self, path):
+        """What `save` kept. Raises ValueError if the file is damaged or of another run."""
+        content = data.load_tensors(path)
+        if content.get("config") != self.config:
+            raise ValueError(f"{path} comes from a run with other settings: remove it and run the command again")
+        return content
 
     def learn(self, t, images, labels):
         """theta_t: from the folder if it is there, else trained and kept. Depends on nothing but the seed and t."""
         path = self.folder / "adapters" / f"{t}.pt"
         if not path.exists():
+            if self.args.predict:
+                raise FileNotFoundError(f"{path} is missing: run the same command without --predict first")
             try:
                 adapter = train_adapter(self.classifier, images, labels, self.args.epochs, self.args.batch_size,
                                         data.generator(self.seed, t))
             except FloatingPointError as error:
                 raise FloatingPointError(f"task {t}: {error}") from None
-            data.save_tensors(path, adapter)
+            self.save(path, adapter | {"t": t})
             print(f"task {t:3}/{len(self.tasks)}  loss {adapter['loss']:.4f}  train accuracy {adapter['accuracy']:6.2f} %  "
                   + pace(adapter["images"], adapter["seconds"], len(self.tasks) - t), flush=True)
         return self.adapter(t)["theta"]
@@ -266,11 +282,11 @@ class Run:
         memory = new_memory(self.args.memory, len(lora.get(self.vit)), self.args.bpcn_read)
         if not path.exists():
             memory, keys = til_training(self.tasks, self.train, memory, self.learn)
-            data.save_tensors(path, {"memory": memory.state_dict(), "keys": keys})
+            self.save(path, {"memory": memory.state_dict(), "keys": keys})
         for t, classes in enumerate(self.tasks, 1):                          # an adapter that was removed is trained again
             if not (self.folder / "adapters" / f"{t}.pt").exists():
                 self.learn(t, *data.task(self.train, classes))
-        state = data.load_tensors(path)
+        state = self.load(path)
         try:
             memory.load_state_dict(state["memory"])
             if len(state["keys"]) != len(self.tasks):
