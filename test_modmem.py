@@ -485,6 +485,26 @@ def test_prepare_equals_torchvision_transforms(tiny):
     assert torch.allclose(data.prepare(images, tiny, torch.tensor([False, True])), expected, atol=1e-5)
 
 
+def test_a_crop_is_a_part_of_the_enlarged_picture(tiny):
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    crop = torch.tensor([[0.5, 0, 0], [0.5, 0.25, -0.25]])                   # side, centre x, y: pixels 4 to 12, and 6 to 14, 2 to 10
+    twice = F.interpolate(images / 255, 32, mode="bicubic", align_corners=False).clamp(0, 1)
+    expected = torch.stack([twice[0, :, 8:24, 8:24], twice[1, :, 4:20, 12:28]])
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (tiny.config.mean, tiny.config.std))
+    assert torch.allclose(data.prepare(images, tiny, None, crop) * std + mean, expected, atol=1e-5)
+    flip, crop = data.flips_and_crops(1000, data.generator(0))
+    side, reach = crop[:, 0], crop[:, 1:].abs().amax(1)
+    assert 400 < flip.sum() < 600 and 0.35 <= side.min() ** 2 < 0.37 and 0.97 < side.max() <= 1 and (side + reach).max() <= 1
+
+
+def test_held_out_images_are_a_tenth_of_every_class():
+    images = torch.arange(60, dtype=torch.uint8).reshape(60, 1, 1, 1)
+    train, test = data.hold_out(data.Images(images, torch.arange(60) % 3, list("abc")))
+    assert test.labels.bincount().tolist() == [2, 2, 2] and train.labels.bincount().tolist() == [18, 18, 18]
+    assert sorted([*train.images.flatten().tolist(), *test.images.flatten().tolist()]) == list(range(60))
+    assert torch.equal(test.images.flatten() % 3, test.labels)
+
+
 def test_glyphs_are_reproducible_and_the_halves_differ():
     a, b, test = data.draw_class(7, 0, 3), data.draw_class(7, 0, 3), data.draw_class(7, 1, 3)
     assert a.shape == (3, 3, 64, 64) and a.dtype == np.uint8
