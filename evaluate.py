@@ -45,7 +45,7 @@ PAPER = {
                                    "hopfield": {"faa_local": "88.69 ± 0.57", "drop": "6.47 ± 0.73"}},
 }
 
-MEMORIES = ("hopfield", "bayespcn", "bayespcn-joint", "disk")               # the order of the columns
+MEMORIES = ("hopfield", "bayespcn", "bayespcn-joint", "disk")               # the order of the columns; others follow
 CONTROLS = {"none": "control: no adapter", "wrong": "control: wrong adapter", "mean": "control: mean adapter",
             "linear": "control: linear head"}
 ROWS = {
@@ -152,7 +152,7 @@ def report(results):
         runs.append(result)
     for key, memories in sorted(groups.items(), key=lambda item: item[0][:len(TITLE)]):
         (dataset, splits, backbone, size, rank, validate), setting = key[:len(TITLE)], key[-1]
-        memories = {name: memories[name] for name in MEMORIES if name in memories}
+        memories = {name: memories[name] for name in sorted(memories, key=lambda name: (*MEMORIES, name).index(name))}
         held_out = ", on held-out training images" if validate else ""
         lines += [f"{setting.upper()}: {dataset}, {splits} splits, {backbone}, {size} px, rank {rank}{held_out}", ""]
         lines += ["| | " + " | ".join(f"M = {name} | paper" for name in memories) + " |", "|---" * (1 + 2 * len(memories)) + "|"]

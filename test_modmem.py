@@ -1043,6 +1043,7 @@ def test_a_result_that_is_broken_is_named(tmp_path, monkeypatch, capsys):
     with pytest.raises(ValueError, match="two results of seed 0"):
         evaluate.report([result, result])
     assert evaluate.report([result, result | {"epochs": 9, "seed": 1}]).count("FAA_GT |") == 2       # not averaged
+    assert "M = hopfield | paper | M = other | paper" in evaluate.report([result | {"memory": "other"}, result])
 
 
 def test_the_tables_of_the_readme_are_the_results():
