@@ -43,9 +43,8 @@ def check(name, x, *shape):
 
 
 def product(x, W):
-    """x @ W of a numpy array and a tensor. numpy does all else in a descent: half the overhead of torch on arrays this small.
-
-    But products are torch's, which can be told to keep to one thread."""
+    """x (L-1, n, H) @ W (L-1, H, H), numpy @ tensor. On arrays this small numpy has half of torch's overhead, so it does the
+    rest of a descent; but only torch can be told to keep to one thread, which its products need."""
     return (torch.from_numpy(x) @ W).numpy()
 
 

@@ -169,6 +169,22 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
         substrate.load("vit_tiny", image_size=60)
 
 
+def test_what_pretraining_writes_can_be_loaded(tmp_path, monkeypatch, capsys):
+    """python vit.py with everything but the training itself: random weights on a few random pictures."""
+    torch.manual_seed(0)
+    vit = substrate.ViT(substrate.CONFIGS["vit_tiny"])
+    images = data.Images(torch.zeros(4, 3, 64, 64, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ["x"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "load", lambda name, data_dir: (images, images))
+    monkeypatch.setattr(substrate, "pretrain", lambda *args: (vit, nn.Linear(192, 200)))
+    code, out, err = command(substrate.main, monkeypatch, capsys, "--out", tmp_path / "new.pt", "--device", "cpu")
+    assert code == 0 and "top-1" in out and json.loads((tmp_path / "results" / "vit_tiny.json").read_text())["epochs"] == 300, err
+    loaded = substrate.load("vit_tiny", tmp_path / "new.pt").state_dict()
+    assert all(torch.equal(loaded[name], value.half().float()) for name, value in vit.state_dict().items())
+    code, out, err = command(substrate.main, monkeypatch, capsys, "--out", tmp_path / "new.pt", "--device", "cpu")
+    assert code == 2 and "new.pt exists" in err
+
+
 # ---- lora.py -------------------------------------------------------------------------------------------------------------
 
 def random_theta(vit, seed=0):

@@ -299,18 +299,18 @@ class Run:
         return memory, state["keys"]
 
 
-def assess(run, memory, keys):
+def assess(run, adapters, memory, keys):
     """Accuracy in percent on every task's test images: with theta_t as trained, as recalled, and under four controls.
 
     Returns a dictionary of lists with one number a task; `recall_error` is relative, on the value part.
     """
-    thetas = [run.adapter(t)["theta"] for t in range(1, len(run.tasks) + 1)]
+    thetas = [adapter["theta"] for adapter in adapters]
     zero, mean = torch.zeros_like(thetas[0]), torch.stack(thetas).mean(0)
     lists = {name: [] for name in ("gt", "recalled", "none", "wrong", "mean", "linear", "recall_error")}
     linear = linear_heads(run)
     for t, classes in enumerate(data.progress(run.tasks, len(run.tasks), "evaluating")):
         images, labels = data.task(run.test, classes)
-        head = run.adapter(t + 1)["head"]
+        head = adapters[t]["head"]
         logits = til_inference(run.vit, head, images, keys[t], memory)
         lists["recalled"].append(evaluate.accuracy(logits, labels))
         lists["recall_error"].append(evaluate.recall_error(lora.get(run.vit).cpu(), thetas[t], len(keys[t])))
@@ -343,8 +343,8 @@ def linear_heads(run):
 def results(run):
     """Runs Algorithm 1, then Algorithm 2 on all test images; writes and returns til-<memory>.json."""
     start, (memory, keys) = time.perf_counter(), run.memory()
-    lists = assess(run, memory, keys)
     adapters = [run.adapter(t) for t in range(1, len(run.tasks) + 1)]
+    lists = assess(run, adapters, memory, keys)
     faa = {key: evaluate.faa(values) for key, values in lists.items()}
     content = {
         "setting": "til", "memory": run.memory_name, **run.config, "class_order": run.tasks, "memory_bytes": memory.nbytes,

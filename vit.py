@@ -309,7 +309,8 @@ def main():
     start = time.perf_counter()
     vit, head = pretrain(train, args.epochs, args.batch_size, args.lr, args.device)
     seconds = time.perf_counter() - start
-    data.save_tensors(args.out, {key: value.half().cpu() for key, value in vit.state_dict().items()})
+    state = {key: value.half().cpu() for key, value in vit.state_dict().items()}
+    data.atomically(args.out, lambda scratch: torch.save(state, scratch))    # nothing but weights, as published files are
     accuracy = top1(load("vit_tiny", args.out).to(args.device), head, test, args.device)
     data.save_json(Path("results/vit_tiny.json"), {
         "top1": accuracy, "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seconds": seconds,
