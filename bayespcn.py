@@ -43,16 +43,20 @@ def check(name, x, *shape):
 
 
 def product(x, W):
-    """x (L-1, n, H) @ W (L-1, H, H), numpy @ tensor. On arrays this small numpy has half of torch's overhead, so it does the
-    rest of a descent; but only torch can be told to keep to one thread, which its products need."""
-    return (torch.from_numpy(x) @ W).numpy()
+    """x (L-1, n, H) @ W (L-1, H, H), x a numpy array or a tensor as in a descent, W a tensor."""
+    return x @ W if torch.is_tensor(x) else (torch.from_numpy(x) @ W).numpy()
+
+
+def ndtr(x):
+    """The distribution function of N(0, 1) at x, an array or a tensor."""
+    return torch.special.ndtr(x) if torch.is_tensor(x) else torch.special.ndtr(torch.from_numpy(x)).numpy()
 
 
 class BayesPCN:
     """A memory for vectors theta of length `dim`; `hidden` is H, `layers` L, `sigma_obs` σ, `sigma_prior` √u at first.
 
     A descent takes at most `steps` steps of Adam, from `lr` down; `read` is "marginal" or "joint"; `seed` draws prior
-    and starts; R[0], the one large tensor, lives on `device`; R, U, r, u may be assigned (float64). Raises ValueError.
+    and starts; R, U, r live on `device`; R, U, r, u may be assigned (float64). Raises ValueError.
     """
 
     def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01, steps=500,
@@ -66,10 +70,9 @@ class BayesPCN:
         self.config = dict(whole, sigma_prior=sigma_prior, sigma_obs=sigma_obs, seed=seed)
         self.dim, self.hidden, self.layers, self.seed = dim, hidden, layers, seed
         self.s2, self.u_prior, self.lr, self.steps, self.read_mode = sigma_obs ** 2, sigma_prior ** 2, lr, steps, read
-        small = "cpu"           # for all but R[0], and the descent: 40 operations a step, each less than a GPU's launch
-        self.R = [torch.stack([*self._prior(l)]).to(small if l else device) for l in range(layers - 1)]     # (H, d_l)
-        self.U = [self.u_prior * torch.eye(hidden, dtype=torch.float64, device=small) for _ in self.R]      # (H, H)
-        self.r = next(self._prior(layers - 1)).to(small)                                                    # (H,)
+        self.R = [torch.stack([*self._prior(l)]).to(device) for l in range(layers - 1)]                     # (H, d_l)
+        self.U = [self.u_prior * torch.eye(hidden, dtype=torch.float64, device=device) for _ in self.R]     # (H, H)
+        self.r = next(self._prior(layers - 1)).to(device)                                                   # (H,)
         self.u, self.count = self.u_prior, 0                                      # count: of writes
         self.assigned = {}                       # the prior of those layers whose R was assigned, not drawn: `forget` needs it
         self._G = self._gram_of = None
@@ -87,7 +90,7 @@ class BayesPCN:
     def _gram(self):
         """G = R_0 R_0ᵀ (H, H): kept up to date by `_update`; O(H² D) only once R[0] is another tensor, as after forget."""
         if self._gram_of is not self.R[0]:
-            self._gram_of, self._G = self.R[0], (self.R[0] @ self.R[0].T).to(self.r)
+            self._gram_of, self._G = self.R[0], self.R[0] @ self.R[0].T
         return self._G
 
     def _bottom(self, x, m):
@@ -95,53 +98,76 @@ class BayesPCN:
         # ‖x − zR‖² = x·x − 2 z·c + z G zᵀ, c = R xᵀ, G = R Rᵀ: a step costs O(H²), not O(H D). float64, as it cancels.
         R = self.R[0][:, :x.shape[1]]
         xx, c, G = x.square().sum(-1), x @ R.T, self._gram() if x.shape[1] == self.dim else R @ R.T
-        d = torch.tensor([[m]] + [[self.hidden]] * (self.layers - 2))             # (L-1, 1)
-        W, U = torch.stack([G.to(self.r), *self.R[1:]]), torch.stack(self.U)      # (L-1, H, H)
-        return xx.to(self.r).numpy(), c.to(self.r).numpy(), W, U, d.to(self.r).numpy()
+        d = self.r.new_tensor([[m]] + [[self.hidden]] * (self.layers - 2))        # (L-1, 1)
+        small = xx, c, d, self.r, self.r.new_tensor(float(self.s2 + self.u))
+        # On a CPU numpy has half of torch's overhead on arrays so small. Only torch can keep to one thread, as W's products need.
+        small = small if self.r.is_cuda else [x.numpy() for x in small]
+        return torch.stack([G, *self.R[1:]]), torch.stack(self.U), *small         # W, U (L-1, H, H)
 
-    def _energy(self, x, xx, c, W, U, d):
+    def _energy(self, x, W, U, xx, c, d, r, v_top):
         """E (n,) and, three times as fast as autograd, ∂E/∂x (L-1, n, H) at x (L-1, n, H), where x[l] is x^{l+1}."""
-        cdf, pdf = torch.special.ndtr(torch.from_numpy(x)).numpy(), np.exp(x * x / -2) / math.sqrt(2 * math.pi)
+        xp = torch if torch.is_tensor(x) else np
+        cdf, pdf = ndtr(x), xp.exp(x * x / -2) / math.sqrt(2 * math.pi)
         z, slope = x * cdf, cdf + x * pdf                                         # GELU(x), GELU'(x)
         zU, zW = product(z, U), product(z, W)                                     # (L-1, n, H), zW[0] is zG
-        v, v_top = self.s2 + (zU * z).sum(-1), float(self.s2 + self.u)            # v = σ² + z U zᵀ  (L-1, n)
-        e, e_top = x[:-1] - zW[1:], x[-1] - self.r.numpy()                        # x^l − z R_l  (L-2, n, H), (n, H)
+        v = self.s2 + (zU * z).sum(-1)                                            # v = σ² + z U zᵀ  (L-1, n)
+        e, e_top = x[:-1] - zW[1:], x[-1] - r                                     # x^l − z R_l  (L-2, n, H), (n, H)
         # q_0 = x·x − 2 z·c + z G zᵀ,  q_l = ‖x^l − z R_l‖²
-        q = np.concatenate([(xx + (z[0] * (zW[0] - 2 * c)).sum(-1))[None], (e * e).sum(-1)])      # (L-1, n)
-        E_top = (e_top * e_top).sum(-1) / v_top + self.hidden * math.log(2 * math.pi * v_top)     # (n,)
-        E = 0.5 * ((q / v + d * np.log(2 * math.pi * v)).sum(0) + E_top)
+        q = xp.concatenate([(xx + (z[0] * (zW[0] - 2 * c)).sum(-1))[None], (e * e).sum(-1)])      # (L-1, n)
+        E_top = (e_top * e_top).sum(-1) / v_top + self.hidden * xp.log(2 * math.pi * v_top)       # (n,)
+        E = 0.5 * ((q / v + d * xp.log(2 * math.pi * v)).sum(0) + E_top)
         # ∂E/∂z = (½q' + (d − q/v) ½v') / v,  with ½q' = zG − c for layer 0 and −(x^l − z R_l) R_lᵀ above,  ½v' = zU
-        dq = np.concatenate([(zW[0] - c)[None], -product(e, W[1:].mT)])           # (L-1, n, H)
+        dq = xp.concatenate([(zW[0] - c)[None], -product(e, W[1:].mT)])           # (L-1, n, H)
         g = (dq + (d - q / v)[..., None] * zU) / v[..., None] * slope
         g[:-1] += e / v[1:, :, None]        # x^l is also what layer l predicts: ∂E/∂x^l += (x^l − z R_l) / v_l
         g[-1] += e_top / v_top
         return E, g
 
+    def _adam(self, i, x, m, s, E_before, moving, *bottom):
+        """Step i = 1, 2, .. of Adam on E. Rows stop `moving` (n,), for good, once E changes by < 1e-3."""
+        E, g = self._energy(x, *bottom)
+        moving = moving * (abs(E - E_before) >= 1e-3)                             # (n,)
+        m, s = 0.9 * m + 0.1 * g, 0.999 * s + 0.001 * g * g
+        # Falls to 0 after 30 % of the steps: activations are some 0.003 big, steps of a constant 0.01 never settle, and so
+        # wildly that rounding alone, another batch size, moved theta_hat by up to 14 %.
+        lr = self.lr * ((1 - (i - 1) / self.steps) / 0.7).clip(None, 1)
+        x = x - moving[:, None] * lr * (m / (1 - 0.9 ** i)) / ((s / (1 - 0.999 ** i)) ** 0.5 + 1e-8)
+        return i + 1, x, m, s, E, moving
+
     def _descend(self, stream, bottom):
-        """x (L-1, n, H) after Adam on E, from the stream's noise in every row. A row stops once E changes by < 1e-3."""
-        start = torch.stack([*self._normal(stream, self.layers - 1, self.hidden)])[:, None].numpy()
-        x, m, s, E_before, moving, threads = start.repeat(len(bottom[0]), axis=1), 0, 0, math.inf, 1, torch.get_num_threads()
+        """x (L-1, n, H) after Adam on E, from the stream's noise in every row."""
+        start, n = torch.stack([*self._normal(stream, self.layers - 1, self.hidden)])[:, None], len(bottom[2])
+        x = start.to(self.r).repeat(1, n, 1)
+        state = [x.new_ones(()), x, 0 * x, 0 * x, x.new_full((n,), math.inf), x.new_ones(n)]
+        if x.is_cuda:
+            return self._descend_on_gpu(state, bottom)
+        state, threads = [np.float64(1), *(x.numpy() for x in state[1:])], torch.get_num_threads()
         torch.set_num_threads(1)    # no slower on arrays this small, and 50 times faster where others use the cores
         try:
-            for i in range(1, self.steps + 1):
-                E, g = self._energy(x, *bottom)
-                moving = moving * (abs(E - E_before) >= 1e-3)                     # (n,)
-                if not moving.any():
-                    break
-                E_before, m, s = E, 0.9 * m + 0.1 * g, 0.999 * s + 0.001 * g * g
-                # Falls to 0 after 30 % of the steps: activations are some 0.003 big, steps of a constant 0.01 never
-                # settle, and so wildly that rounding alone, another batch size, moved theta_hat by up to 14 %.
-                lr = self.lr * min(1, (1 - (i - 1) / self.steps) / 0.7)
-                x = x - moving[:, None] * lr * (m / (1 - 0.9 ** i)) / (np.sqrt(s / (1 - 0.999 ** i)) + 1e-8)
+            while state[0] <= self.steps and state[-1].any():
+                state = self._adam(*state, *bottom)
         finally:
             torch.set_num_threads(threads)
-        return torch.from_numpy(x)
+        return torch.from_numpy(state[1])
+
+    def _descend_on_gpu(self, state, bottom):
+        """The same with tensors: a step is captured as a CUDA graph, since its 60 kernels take longer to launch than to run."""
+        graph = torch.cuda.CUDAGraph()
+        self._adam(*state, *bottom)                                               # what is set up on first use cannot be captured
+        with torch.cuda.graph(graph):
+            for old, new in zip(state, self._adam(*state, *bottom)):
+                old.copy_(new)
+        for i in range(self.steps):
+            graph.replay()
+            if i % 20 == 19 and not state[-1].any():                              # to look costs a wait; rows that stopped do stop
+                break
+        return state[1]
 
     def write(self, key, value):
         """Stores theta = key ⊕ value, 1-D floating-point tensors of `dim` elements together. Raises ValueError."""
         check("key", key, None)
         check("value", value, self.dim - len(key))
-        theta = torch.cat([key.to(self.R[0]), value.to(self.R[0])])[None]         # (1, D)
+        theta = torch.cat([key.to(self.r), value.to(self.r)])[None]               # (1, D)
         self.condition([theta, *self._descend(self.layers + 1 + self.count, self._bottom(theta, self.dim))])
 
     def read(self, key):
@@ -152,22 +178,23 @@ class BayesPCN:
         if self.u == self.u_prior:      # every write lowers u, forget(1) restores it
             raise ValueError("the memory is empty, expected at least one stored theta: write first")
         m = self.dim if self.read_mode == "joint" else width
-        x = self._descend(self.layers, self._bottom(rows.to(self.R[0]), m))
-        value = gelu(x[0]).to(self.R[0]) @ self.R[0][:, width:]                   # (z R_0)[missing]  (n, D-|k|)
+        x = self._descend(self.layers, self._bottom(rows.to(self.r), m))
+        value = gelu(x[0]) @ self.R[0][:, width:]                                 # (z R_0)[missing]  (n, D-|k|)
         return torch.cat([rows, value.to(rows)], 1).reshape(*key.shape[:-1], -1)
 
     def _layers(self, activations):
-        """[x0 (n, D), x1 (n, H), ..], checked -> x0 (n, D) beside R[0] and the hidden ones (L-1, n, H), float64."""
+        """[x0 (n, D), x1 (n, H), ..], checked -> x0 (n, D) and the hidden ones (L-1, n, H), float64, on the memory's device."""
         if len(activations) != self.layers:
             raise ValueError(f"found {len(activations)} layers of activations, expected {self.layers}: pass x0, x1, ..")
         for l, x in enumerate(activations):
             check(f"x{l}", x, len(activations[0]), self.hidden if l else self.dim)
-        return activations[0].to(self.R[0]), torch.stack([x.to(self.r) for x in activations[1:]])
+        return activations[0].to(self.r), torch.stack([x.to(self.r) for x in activations[1:]])
 
     def log_joint(self, activations):
         """log p (n,) of each row of [x0 (n, D), x1 (n, H), ..] by itself, weights integrated out. Raises ValueError."""
         x0, x = self._layers(activations)
-        return -torch.from_numpy(self._energy(x.numpy(), *self._bottom(x0, self.dim))[0])
+        E, _ = self._energy(x if x.is_cuda else x.numpy(), *self._bottom(x0, self.dim))
+        return -torch.as_tensor(E)
 
     def condition(self, activations):
         """Bayes' rule with given activations [x0 (n, D), x1 (n, H), ..], row after row. Raises ValueError."""
@@ -186,11 +213,11 @@ class BayesPCN:
             z = gelu(x[l + 1])                                                    # (H,)
             zU = z @ U
             K = zU / (zU @ z + self.s2)                                           # K = U zᵀ / s,  s = z U zᵀ + σ²
-            e = x[l] - z.to(R) @ R                                                # y − zR  (d_l,)
+            e = x[l] - z @ R                                                      # y − zR  (d_l,)
             if l == 0:          # (R + K e)(R + K e)ᵀ = G + K (R eᵀ)ᵀ + (R eᵀ) Kᵀ + ‖e‖² K Kᵀ
-                KRe = torch.outer(K, (R @ e).to(K))
-                G = G + KRe + KRe.T + (e @ e).to(K) * torch.outer(K, K)
-            R.addr_(K.to(R), e)                                                   # R ← R + K (y − zR)
+                KRe = torch.outer(K, R @ e)
+                G = G + KRe + KRe.T + (e @ e) * torch.outer(K, K)
+            R.addr_(K, e)                                                         # R ← R + K (y − zR)
             self.U[l] = torch.addr(U, K, zU, alpha=-1)                            # U ← U − K z U
         self._G = G
         u = 1 / (1 / float(self.u) + 1 / self.s2)                                 # u' = 1 / (1/u + 1/σ²)
@@ -221,8 +248,8 @@ class BayesPCN:
         """Takes over a copy of the state. Raises ValueError if it is of a memory with other constructor arguments."""
         if state.get("config") != self.config:
             raise ValueError(f"state of a memory with {state.get('config')}, expected {self.config}: make one like it")
-        new = copy.deepcopy(state)
-        new["R"][0] = new["R"][0].to(self.R[0])
+        new, device = copy.deepcopy(state), self.r.device
+        new |= {name: [x.to(device) for x in new[name]] for name in ("R", "U")} | {name: new[name].to(device) for name in ("r", "_G")}
         vars(self).update(new, _gram_of=new["R"][0])
 
     @property

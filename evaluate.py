@@ -1,8 +1,9 @@
-"""Metrics (paper, section 4), the paper's tables over finished runs, and two experiments on the memories alone.
+"""Metrics (paper, section 4), the paper's tables over finished runs, two experiments on the memories alone, and a stopwatch.
 
     python evaluate.py runs/*            # our mean +- standard deviation (number of seeds), the paper's figures beside them
     python evaluate.py bench             # time, bytes and recall error of the memories as T and P grow
     python evaluate.py probe runs/X      # what a run's memories recall from noisy, short and faded cues
+    python evaluate.py speed             # images a second of the training step as rank and pictures grow
 """
 import copy
 import math
@@ -21,9 +22,9 @@ from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 import data
+import lora
 from bayespcn import BayesPCN
 from hopfield import Hopfield
-from lora import split_key
 
 # Table 1 of the paper: mean and standard deviation over three seeds, in percent.
 PAPER = {
@@ -133,7 +134,7 @@ def provenance(name, runs):
             f"peak memory {mean('peak_memory_bytes') / 1e9:.1f} GB; weights {runs[0]['weights']}")
 
 
-TITLE = ("dataset", "splits", "backbone", "image_size", "rank", "validate")                     # what the title of a table names
+TITLE = ("dataset", "splits", "backbone", "image_size", "rank", "shared_init", "validate")      # what the title of a table names
 SAME = ("epochs", "batch_size", "lr", "weight_decay", "weights", "train_data", "test_data")     # and what else its runs share
 
 
@@ -145,16 +146,16 @@ def report(results):
     groups, lines = {}, []
     for result in sorted(results, key=lambda result: result["setting"], reverse=True):                  # TIL first
         predictor = [result.get("predictor", {}).get(name) for name in ("epochs", "batch_size", "lr")]
-        key = (*(result[name] for name in TITLE), str([[result[name] for name in SAME], predictor]), result["setting"])
+        key = (*(result.get(name, False) for name in TITLE), str([[result[name] for name in SAME], predictor]), result["setting"])
         runs = groups.setdefault(key, {}).setdefault(result["memory"], [])
         if any(run["seed"] == result["seed"] for run in runs):
             raise ValueError(f"two results of seed {result['seed']} for {key[:3]}, {result['memory']}: name one of the folders")
         runs.append(result)
     for key, memories in sorted(groups.items(), key=lambda item: item[0][:len(TITLE)]):
-        (dataset, splits, backbone, size, rank, validate), setting = key[:len(TITLE)], key[-1]
+        (dataset, splits, backbone, size, rank, shared, validate), setting = key[:len(TITLE)], key[-1]
         memories = {name: memories[name] for name in sorted(memories, key=lambda name: (*MEMORIES, name).index(name))}
-        held_out = ", on held-out training images" if validate else ""
-        lines += [f"{setting.upper()}: {dataset}, {splits} splits, {backbone}, {size} px, rank {rank}{held_out}", ""]
+        more = ", shared initialisation" * shared + ", on held-out training images" * validate
+        lines += [f"{setting.upper()}: {dataset}, {splits} splits, {backbone}, {size} px, rank {rank}{more}", ""]
         lines += ["| | " + " | ".join(f"M = {name} | paper" for name in memories) + " |", "|---" * (1 + 2 * len(memories)) + "|"]
         for row, label in ROWS[setting].items():
             cells = [f"{number([cell(r, row) for r in runs], 4 if row == 'recall_error' else 2)} | {paper_number(runs[0], row)}"
@@ -191,7 +192,7 @@ def literal_energy(memory, x0, xs, m):
     for l, above in enumerate(xs):
         z = F.gelu(above)
         v = memory.s2 + z @ memory.U[l] @ z
-        q = (targets[l] - z.to(R[l]) @ R[l]).square().sum().to(v)            # R[0] may be on a GPU, the rest is not
+        q = (targets[l] - z @ R[l]).square().sum()
         E = E + (q / v + (len(above) if l else m) * torch.log(2 * math.pi * v)) / 2
     v = memory.s2 + memory.u
     return E + ((xs[-1] - memory.r).square().sum() / v + len(xs[-1]) * math.log(2 * math.pi * v)) / 2
@@ -215,25 +216,25 @@ def literal_descent(memory, energy, start):
 
 def start_of(memory, stream):
     """The hidden activations [x1 (H,), ..] from which a descent starts. stream: L for reads, L + 1 + t for write t."""
-    return [*memory._normal(stream, memory.layers - 1, memory.hidden)]
+    return [x.to(memory.r) for x in memory._normal(stream, memory.layers - 1, memory.hidden)]
 
 
 def literal_write(memory, key, value):
     """What memory.write(key, value) does."""
-    theta, start = torch.cat([key, value]).to(memory.R[0]), start_of(memory, memory.layers + 1 + memory.count)
+    theta, start = torch.cat([key, value]).to(memory.r), start_of(memory, memory.layers + 1 + memory.count)
     x = literal_descent(memory, lambda x: literal_energy(memory, theta, x, memory.dim), start)
     memory.condition([row[None] for row in (theta, *x)])
 
 
 def literal_read(memory, key):
     """What memory.read does with one key (|k|,); `joint` moves the missing values too, as Yoo & Wood's code does."""
-    k, start = key.to(memory.R[0]), start_of(memory, memory.layers)
+    k, start = key.to(memory.r), start_of(memory, memory.layers)
     if memory.read_mode == "joint":
         start.append(k.new_zeros(memory.dim - len(k)))
         *_, value = literal_descent(memory, lambda x: literal_energy(memory, torch.cat([k, x[-1]]), x[:-1], memory.dim), start)
     else:
         x = literal_descent(memory, lambda x: literal_energy(memory, k, x, len(k)), start)
-        value = F.gelu(x[0]).to(k) @ memory.R[0][:, len(k):]
+        value = F.gelu(x[0]) @ memory.R[0][:, len(k):]
     return torch.cat([key, value.to(key)])
 
 
@@ -245,7 +246,7 @@ VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "to
 
 def recall_errors(theta_hat, thetas):
     """recall_error of each row of theta_hat (n, P), a list."""
-    return [recall_error(*pair, split_key(thetas)[0].shape[1]) for pair in zip(theta_hat, thetas)]
+    return [recall_error(*pair, lora.split_key(thetas)[0].shape[1]) for pair in zip(theta_hat, thetas)]
 
 
 def confusion(true, predicted, n):
@@ -292,6 +293,12 @@ def lora_like(dim, t, rank=8, width=384):
     return torch.where(torch.arange(dim) // (rank * width) % 2 == 0, A, B)
 
 
+def check_device(device):
+    """Raises ValueError for a GPU that is not there."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this machine has no CUDA GPU that PyTorch can use; try --device cpu")
+
+
 def timed(function, *args):
     """function(*args) and its seconds; the clock is read when a GPU has done all that it was asked to."""
     def clock():
@@ -304,7 +311,7 @@ def timed(function, *args):
 
 def measure(memory, thetas):
     """Reads all thetas (T, P): milliseconds per item, bytes, relative squared errors of the values, in the order of writing."""
-    keys, _ = split_key(thetas)
+    keys, _ = lora.split_key(thetas)
     theta_hat, together = timed(memory.read, keys)
     few = keys[::math.ceil(len(keys) / 10)]                                  # at most 10: one by one is slow
     _, alone = timed(lambda: [memory.read(key[None]) for key in few])
@@ -315,7 +322,7 @@ def measure(memory, thetas):
 
 def literal_ms(memory, theta):
     """Milliseconds that the literal descent takes to write theta (P,), ours for the same, and the literal read each way."""
-    (key,), (value,) = split_key(theta[None])
+    (key,), (value,) = lora.split_key(theta[None])
     ours = timed(copy.deepcopy(memory).write, key, value)[1]
     twin = copy.deepcopy(memory)
     seconds = {"ours": ours, "write": timed(literal_write, twin, key, value)[1]}
@@ -328,7 +335,7 @@ def literal_ms(memory, theta):
 def bench_memory(memory, thetas, counts, label):
     """Writes thetas (T, P) one after the other and measures at every T in counts. Returns rows of the JSON file."""
     rows, ms, literal, T, P = [], [], {}, *thetas.shape
-    for t, (key, value) in enumerate(data.progress(zip(*split_key(thetas)), T, f"P {P}, {label}"), 1):
+    for t, (key, value) in enumerate(data.progress(zip(*lora.split_key(thetas)), T, f"P {P}, {label}"), 1):
         ms.append(1e3 * timed(memory.write, key, value)[1])
         if t not in counts:
             continue
@@ -377,8 +384,7 @@ def bench(words):
     for option, least in (("sizes", 10), ("counts", 1), ("hidden", 1)):      # of 10 elements, one is the key
         if min(getattr(args, option)) < least:
             raise ValueError(f"--{option} {min(getattr(args, option))}: it must be at least {least}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no CUDA GPU that PyTorch can use; try --device cpu")
+    check_device(args.device)
     start, rows, counts = time.perf_counter(), [], sorted(set(args.counts))
     for P in args.sizes:
         new, thetas = [], torch.stack([lora_like(P, t) for t in range(counts[-1])]).to(args.device)
@@ -405,61 +411,93 @@ PANELS = (0.1, 0.3, 1, 25)                                                   # t
 
 
 def load_run(run):
-    """config and thetas (T, P) of a run folder. Raises ValueError if it is not a finished one."""
+    """config, thetas (T, P) and heads (state dicts) of a run folder. Raises ValueError if it is not a finished one."""
     try:
         config = data.load_json(run / "config.json")
         data.generator(config["seed"])
         paths = [run / "adapters" / f"{t}.pt" for t in range(1, config["splits"] + 1)]
-        return config, torch.stack([data.load_tensors(path)["theta"] for path in paths])
+        adapters = [data.load_tensors(path) for path in paths]
+        return config, torch.stack([adapter["theta"] for adapter in adapters]), [adapter["head"] for adapter in adapters]
     except (FileNotFoundError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{run} does not hold config and all adapters of a run ({error}): finish it with til.py") from None
 
 
-def probe_row(probe, level, thetas, cues, hopfield=None, bayespcn=None):
-    """Relative errors of thetas (n, P) recalled from cues (n, w), w <= |k|; Hopfield's smallest weight of the right item.
+def classifier(config, heads, args):
+    """A function that gives FAA in percent over the first n tasks of a run, classified with theta_hat (n, P).
+
+    Raises ValueError if the weights or the data set are others than the run's.
+    """
+    import til                                                               # which imports this file
+    vit = til.substrate.load(config["backbone"], args.weights, config["image_size"])
+    train, test = data.load(config["dataset"], args.data_dir)
+    if config["validate"]:
+        train, test = data.hold_out(train)
+    for name, found in (("weights", til.weights_checksum(vit)), ("test_data", data.checksum(test.labels, test.images[::97]))):
+        if found != config[name]:
+            raise ValueError(f"{name} {found} are not those of the run, {config[name]}: name them with --weights and --data-dir")
+    vit.to(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    lora.add(vit, config["rank"])
+    tasks = data.split(len(test.classes), config["splits"], config["seed"])
+    tests, heads = [data.task(test, classes) for classes in tasks], [(head["weight"], head["bias"]) for head in heads]
+
+    def classify(theta_hat):
+        accuracies = []
+        for theta, (images, labels), head in zip(theta_hat, tests, heads):
+            lora.set(vit, theta)
+            accuracies.append(accuracy(F.linear(til.features(vit, images).cpu(), *head), labels))
+        return faa(accuracies)
+    return classify
+
+
+def probe_row(probe, level, thetas, cues, hopfield=None, bayespcn=None, classify=None):
+    """Relative errors of thetas (n, P) recalled from cues (n, w), w <= |k|; Hopfield's smallest weight of the right item; and
+    FAA, if there is a function to `classify` with.
 
     BayesPCN takes a cue of any width. Hopfield's is padded with zeros: what is unknown contributes nothing to K^T k.
     """
-    errors, weight = {}, None
+    recalled, weight = {}, None
     if hopfield:
         padded = F.pad(cues, (0, len(hopfield.K) - cues.shape[1]))
-        errors["hopfield"], weight = recall_errors(hopfield.read(padded), thetas), smallest_weight(hopfield, padded)
+        recalled["hopfield"], weight = hopfield.read(padded), smallest_weight(hopfield, padded)
     for name, mode in READS.items() if bayespcn else ():
         bayespcn.read_mode = mode
-        errors[name] = recall_errors(bayespcn.read(cues), thetas)
+        recalled[name] = bayespcn.read(cues)
+    errors = {name: recall_errors(theta_hat, thetas) for name, theta_hat in recalled.items()}
     means = {name: statistics.mean(values) for name, values in errors.items()}
-    return {"probe": probe, "level": level, "smallest_weight": weight, **means, "per_task": errors}
+    accuracies = {f"{name}_faa": classify(theta_hat) for name, theta_hat in recalled.items()} if classify else {}
+    return {"probe": probe, "level": level, "smallest_weight": weight, **means, **accuracies, "per_task": errors}
 
 
-def probe_rows(thetas, generator):
+def probe_rows(thetas, generator, classify=None, device="cpu"):
     """Writes thetas (T, P) to both memories and probes them. Returns rows of the JSON file, and the Hopfield memory."""
-    (T, P), (keys, values), rows = thetas.shape, split_key(thetas), []
-    hopfield, bayespcn = Hopfield(), BayesPCN(P)
+    (T, P), (keys, values), rows = thetas.shape, lora.split_key(thetas), []
+    hopfield, bayespcn = Hopfield(), BayesPCN(P, device=device)
     for n in data.progress(range(1, T + 1), T, "writing"):
         hopfield.write(keys[n - 1], values[n - 1])
         bayespcn.write(keys[n - 1], values[n - 1])
         if n in {math.ceil(T * fifth / 5) for fifth in range(1, 6)}:
-            rows.append(probe_row("stored tasks", n, thetas[:n], keys[:n], hopfield, bayespcn))
+            rows.append(probe_row("stored tasks", n, thetas[:n], keys[:n], hopfield, bayespcn, classify))
     noise = torch.randn(keys.shape, generator=generator) * keys.square().mean(1, keepdim=True).sqrt()
     cues = [("noise", level, keys + level * noise) for level in NOISE]
     cues += [("cue share", share, keys[:, :max(1, math.floor(share * P))]) for share in SHARES]
     for probe, level, cue in data.progress(cues, len(cues), "reading"):
-        rows.append(probe_row(probe, level, thetas, cue, hopfield, bayespcn))
+        rows.append(probe_row(probe, level, thetas, cue, hopfield, bayespcn, classify))
     for strength in data.progress(FORGET, len(FORGET), "forgetting"):
         faded = copy.deepcopy(bayespcn)
         faded.forget(strength)
-        rows.append(probe_row("forget", strength, thetas, keys, None, faded))
-    rows += [probe_row("beta", beta, thetas, keys, with_beta(hopfield, beta)) for beta in BETAS]
+        rows.append(probe_row("forget", strength, thetas, keys, None, faded, classify))
+    rows += [probe_row("beta", beta, thetas, keys, with_beta(hopfield, beta), None, classify) for beta in BETAS]
     return rows, hopfield
 
 
 def probe_table(rows):
-    """Mean recall errors and Hopfield's smallest weight as text."""
-    names, lines = ("hopfield", "smallest_weight", *READS), []
+    """Mean recall errors, Hopfield's smallest weight and, where it was measured, FAA as text."""
+    names, lines = {"hopfield": 4, "smallest_weight": 4, **dict.fromkeys(READS, 4)}, []
+    names |= {f"{name}_faa": 2 for name in ("hopfield", *READS) if f"{name}_faa" in rows[0]}
     for row in rows:
-        cells = [f"{row[name]:.4f}" if row.get(name) is not None else "–" for name in names]
+        cells = [f"{row[name]:.{digits}f}" if row.get(name) is not None else "–" for name, digits in names.items()]
         lines.append("|".join([f"{row['probe']} {row['level']}", *cells]))
-    return columns(["|".join(("recall error", *names)), *lines])
+    return columns(["|".join(("recall error", *(name.replace("_faa", " FAA") for name in names))), *lines])
 
 
 def with_beta(hopfield, beta):
@@ -487,14 +525,20 @@ def probe(words):
     parser = data.Parser(prog="evaluate.py probe", description=probe.__doc__, epilog="example: python evaluate.py probe runs/X")
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--out", type=Path, help="folder for probe.json and two PNG files (default: the run's)")
+    parser.add_argument("--faa", action="store_true", help="classify the run's test images, too, with what was recalled")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the data sets, for --faa (default: data)")
+    parser.add_argument("--weights", type=Path, help="weights file of the backbone, for --faa (default: shipped or downloaded)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
     args = parser.parse_args(words)
-    config, thetas = load_run(args.run)
-    rows, hopfield = probe_rows(thetas, data.generator(config["seed"]))
+    check_device(args.device)
+    config, thetas, heads = load_run(args.run)
+    classify = classifier(config, heads, args) if args.faa else None
+    rows, hopfield = probe_rows(thetas, data.generator(config["seed"]), classify, args.device)
     out = args.out or args.run
     data.save_json(out / "probe.json", {"config": config, "P": thetas.shape[1], "versions": VERSIONS, "rows": rows})
     errors = [[row["per_task"][name] for row in rows if row["probe"] == "noise"] for name in ("hopfield", "bayespcn")]
     draw(out / "probe-noise.png", [torch.tensor(x) for x in errors], 1, 30)
-    keys, _ = split_key(thetas)
+    keys, _ = lora.split_key(thetas)
     draw(out / "probe-softmax.png", [with_beta(hopfield, beta).attention(keys) for beta in PANELS], len(PANELS))
     print(probe_table(rows))
     print(f"""{out}/probe.json
@@ -504,16 +548,79 @@ def probe(words):
                          a row for each cue, a column for each stored task""")
 
 
+# ---- speed: the training step as rank and pictures grow ----------------------------------------------------------------------
+
+STEPS = {                                                                    # backbone, image size, rank, batch size, plain
+    "cpu": [("vit_tiny", 64, rank, 6, True) for rank in (4, 8, 32)],
+    "cuda": [("vit_tiny", 64, 8, 64, False), *(("dinov2_vits14", 112, rank, 64, False) for rank in (4, 8, 32)),
+             ("dinov2_vits14", 168, 8, 64, False), ("dinov2_vits14", 224, 8, 64, False), ("vit_b_16", 224, 8, 64, False),
+             ("dinov2_vits14", 112, 8, 64, True), ("vit_b_16", 224, 8, 64, True)]}
+
+
+def speed_row(backbone, image_size, rank, batch_size, plain, device, steps=30, repeats=7):
+    """Trains on made-up images of 64 x 64 pixels, with random weights, on which speed does not depend. Returns a row of the
+    JSON file; each repeat is an epoch of `steps` steps, everything that til.py does for it included."""
+    import til                                                               # which imports this file
+    vit = til.substrate.ViT(til.substrate.CONFIGS[backbone], image_size).requires_grad_(False).eval()
+    vit.to(device, torch.float32 if plain else torch.bfloat16)
+    lora.add(vit, rank, generator=data.generator(0))
+    classifier, n = til.Classifier(vit, 4, plain=plain), steps * batch_size
+    images = torch.randint(256, (n, 3, 64, 64), dtype=torch.uint8, generator=data.generator(1)).to(device)
+    labels, generator = (torch.arange(n) % 4).to(device), data.generator(2)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+    def train():
+        for _ in classifier.trainer.fit(images, labels, 1, batch_size, generator):
+            pass
+    _, first = timed(train)                                                  # with what comes once: the capture of the graph
+    rates = sorted(n / timed(train)[1] for _ in range(repeats))
+    til.features(vit, images)
+    evaluation = statistics.median(n / timed(til.features, vit, images)[1] for _ in range(repeats))
+    flops, name = classifier.flops(images[0]), til.device_name(device)
+    return {"backbone": backbone, "image_size": image_size, "rank": rank, "batch_size": batch_size, "plain": plain,
+            "images_per_second": statistics.median(rates), "min": rates[0], "max": rates[-1], "P": len(lora.get(vit)),
+            "first_seconds": first, "flops_per_image": flops, "mfu": til.mfu(flops * statistics.median(rates), name),
+            "peak_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None, "evaluation": evaluation}
+
+
+SPEED_HEAD = "batches of {batch_size}|px|r|images/s|min|max|MFU %|GB|evaluation images/s"
+SPEED_ROW = "{backbone}{mode}|{image_size}|{rank}|{images_per_second:,.0f}|{min:,.0f}|{max:,.0f}|{share}|{GB}|{evaluation:,.0f}"
+
+
+def speed_table(rows):
+    """The rows as text."""
+    cells = [SPEED_ROW.format(**row, mode=" --plain" if row["plain"] and row["mfu"] else "",
+                              share="–" if row["mfu"] is None else f"{100 * row['mfu']:.1f}",
+                              GB="–" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.1f}") for row in rows]
+    return columns([SPEED_HEAD.format(**rows[0]), *cells])
+
+
+def speed(words):
+    """Images per second of the training step, the median of seven repeats, as rank and pictures grow."""
+    parser = data.Parser(prog="evaluate.py speed", description=speed.__doc__, epilog="example: python evaluate.py speed --device cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+    parser.add_argument("--out", type=Path, help="JSON file (default: results/speed-<device>.json)")
+    args = parser.parse_args(words)
+    check_device(args.device)
+    torch.set_float32_matmul_precision("high")                               # as til.py
+    rows = [speed_row(*step, args.device) for step in data.progress(STEPS[args.device], len(STEPS[args.device]), "training")]
+    out = args.out or Path(f"results/speed-{args.device}.json")
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    data.save_json(out, {"device": device, "threads": torch.get_num_threads(), "versions": VERSIONS, "rows": rows})
+    print(speed_table(rows), out, sep="\n")
+
+
 # ---- command line ------------------------------------------------------------------------------------------------------------
 
 def tables(words):
     """The paper's tables over finished runs."""
-    parser = data.Parser(description=tables.__doc__, epilog="example: python evaluate.py runs/*   More: bench -h, probe -h")
+    parser = data.Parser(description=tables.__doc__, epilog="example: python evaluate.py runs/*   More: bench -h, probe -h, speed -h")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or `bench`, or `probe`")
     print(report(read_runs(parser.parse_args(words).runs)))
 
 
-COMMANDS = {"bench": bench, "probe": probe}
+COMMANDS = {"bench": bench, "probe": probe, "speed": speed}
 
 
 def main():

@@ -26,9 +26,9 @@ class Hopfield:
                 raise ValueError(f"the {name} must be a vector of finite floating point numbers")
             if stored is not None and len(new) != len(stored):
                 raise ValueError(f"the {name} has {len(new)} elements, those stored have {len(stored)}")
-        first = self.K is None
-        self.K = key[:, None].clone() if first else torch.cat([self.K, key[:, None]], dim=1)
-        self.V = value[:, None].clone() if first else torch.cat([self.V, value[:, None]], dim=1)
+        # Columns that lie one after the other in memory are quick to add and to pick out: hence the transposes.
+        self.K = key[:, None].clone() if self.K is None else torch.cat([self.K.T, key[None]]).T
+        self.V = value[:, None].clone() if self.V is None else torch.cat([self.V.T, value[None]]).T
 
     def attention(self, key):
         """softmax(beta K^T k): the weight of each stored item, (T,) for a key (|k|,), (n, T) for keys (n, |k|).
@@ -44,7 +44,9 @@ class Hopfield:
 
     def read(self, key):
         """theta_hat (P,) for a key (|k|,), or (n, P) for keys (n, |k|), in the dtype of the key."""
-        value = self.attention(key) @ self.V.double().T                      # (..., P - |k|)
+        weights = self.attention(key)                                        # (..., T)
+        used = (weights > 1e-30).reshape(-1, weights.shape[-1]).any(0)       # smaller weights leave no trace in theta_hat
+        value = weights[..., used] @ self.V.T[used].double()                 # (..., P - |k|)
         return torch.cat([key, value.to(key.dtype)], dim=-1)                 # (..., P)
 
     def state_dict(self):

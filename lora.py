@@ -24,7 +24,10 @@ class LoRALinear(nn.Module):
         self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
 
     def forward(self, x):                                                    # (..., d) -> (..., d_out)
-        return self.base(x) + self.scale * (x @ self.A.T.to(x.dtype)) @ self.B.T.to(x.dtype)
+        rows = x.flatten(0, -2)                                              # (n, d)
+        low = rows @ self.A.T.to(x.dtype)                                    # (n, r)
+        y = self.base(rows).addmm_(low, self.B.T.to(x.dtype), alpha=self.scale)      # + scale * low @ B^T, in one kernel
+        return y.view(*x.shape[:-1], -1)
 
 
 def adapters(vit):
@@ -80,6 +83,7 @@ def set(vit, theta):
     weights = parameters(vit)
     if theta.shape != (sum(weight.numel() for weight in weights),):
         raise ValueError(f"theta is {tuple(theta.shape)}, the adapters hold ({sum(w.numel() for w in weights)},)")
+    theta = theta.to(weights[0].device)                                      # at once, not part by part
     for weight, part in zip(weights, theta.split([weight.numel() for weight in weights])):
         weight.copy_(part.view_as(weight))
 

@@ -62,23 +62,27 @@ def learn_predictor(run, images, task_ids):
     path, generator = run.folder / "predictor.pt", data.generator(run.seed, 0)
     epochs, batch_size = run.args.predictor_epochs, run.args.predictor_batch_size
     settings = {"epochs": epochs, "batch_size": batch_size, "lr": [LR, til.LR_END]}
-    classifier = til.Classifier(run.vit, len(run.tasks), data.flips_and_crops)
+    classifier = til.Classifier(run.vit, len(run.tasks), data.flips_and_crops, plain=run.args.plain, shared=True)
     classifier.init(generator)
     state = load_predictor(run, path, settings, classifier, generator) if path.exists() else {"epoch": 0, "seconds": 0}
     if run.args.predict and state["epoch"] < epochs:
         raise FileNotFoundError(f"{path} is missing or unfinished: run the same command without --predict first")
     if state["epoch"] < epochs:
         images, task_ids = images.to(run.args.device), task_ids.to(run.args.device)
-        start, trainer = time.perf_counter() - state["seconds"], classifier.trainer
+        before, trainer = state["seconds"], classifier.trainer
+        start = time.perf_counter() - before
         losses = trainer.fit(images, task_ids, epochs, batch_size, generator, LR, state["epoch"])
         for epoch, (loss, accuracy) in enumerate(losses, state["epoch"] + 1):
             seconds = time.perf_counter() - start
             state = {"settings": settings, "epoch": epoch, "theta": lora.get(run.vit).cpu(), "head": til.on_cpu(classifier.head),
                      "loss": loss, "accuracy": accuracy, "seconds": seconds, "images": epoch * len(task_ids),
+                     "device": til.device_name(run.args.device), "processes": til.WORLD,
                      "optimizer": trainer.state_dict(), "generator": generator.get_state()}
-            run.save(path, state)
-            print(f"task predictor, epoch {epoch:2}/{epochs}  loss {loss:.4f}  train accuracy {accuracy:6.2f} %  "
-                  + til.pace(state["images"], seconds, (epochs - epoch) / epoch), flush=True)
+            if til.RANK == 0:
+                run.save(path, state)
+                print(f"task predictor, epoch {epoch:2}/{epochs}  loss {loss:.4f}  train accuracy {accuracy:6.2f} %  "
+                      + til.pace(state["images"], seconds, (epochs - epoch) / epoch), flush=True)
+        run.seconds["task predictor"] = time.perf_counter() - start - before
     return state | {"head": classifier.head}
 
 
@@ -129,7 +133,7 @@ def assess(run, predictor, memory, keys):
     for name, heads_, keys_, memory_, tasks in (
             ("gt", heads, keys, disk, task_ids), ("recalled", heads, keys, memory, task_ids),
             ("none", heads, keys, none, t_hat), ("wrong", heads, keys[-1:] + keys[:-1], disk, t_hat),
-            ("mean", heads, keys, Always(thetas.mean(0)), t_hat), ("linear", til.linear_heads(run), keys, none, t_hat)):
+            ("mean", heads, keys, Always(thetas.mean(0)), t_hat), ("linear", [*til.linear_heads(run, range(len(keys)))], keys, none, t_hat)):
         _, logits = mts_inference(run.vit, predictor, heads_, images, keys_, memory_, tasks)
         lists[name] = evaluate.switching_hits(tasks, logits, task_ids, places)["local"]
     return lists, t_hat
@@ -139,6 +143,7 @@ def results(run):
     """Runs Algorithm 3, then Algorithm 4 on all test images; writes mts-<memory>.json and .png and returns the former."""
     start = time.perf_counter()
     predictor, memory, keys = mts_training(run)
+    written = time.perf_counter()
     lists, t_hat = assess(run, predictor, memory, keys)
     faa = {key: evaluate.faa(values) for key, values in lists.items()}
     task_ids = data.task_ids(run.test.labels, run.tasks)
@@ -149,10 +154,10 @@ def results(run):
         "faa_gt": faa["gt"], "faa": faa["recalled"], "faa_local": faa["local"], "faa_strict": faa["strict"],
         "drop": faa["gt"] - faa["local"], "drop_ids": faa["recalled"] - faa["local"], "drop_recall": faa["gt"] - faa["recalled"],
         "controls": {key: faa[key] for key in ("none", "wrong", "mean", "linear")}, "per_task": lists,
-        "train_seconds": predictor["seconds"], "wall_seconds": time.perf_counter() - start,
-        "images_per_second": predictor["images"] / predictor["seconds"], **til.machine(run.args.device)}
-    data.save_json(run.folder / f"mts-{run.memory_name}.json", content)
-    evaluate.draw(run.folder / "mts-confusion.png", [evaluate.confusion(task_ids, t_hat, len(run.tasks))], 1)
+        **til.cost(run, [predictor], start, written)}
+    if til.RANK == 0:
+        data.save_json(run.folder / f"mts-{run.memory_name}.json", content)
+        evaluate.draw(run.folder / "mts-confusion.png", [evaluate.confusion(task_ids, t_hat, len(run.tasks))], 1)
     return content
 
 

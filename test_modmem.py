@@ -3,6 +3,7 @@
     python -m pytest -q
 """
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -29,6 +30,9 @@ from bayespcn import BayesPCN
 from evaluate import literal_descent, literal_energy, start_of
 
 HERE = Path(__file__).parent
+
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def randn(*shape, seed=0):
@@ -420,6 +424,35 @@ def test_fast_write_and_read_are_the_literal_descent(read, m):
         assert (a - b).norm() < 1e-6 * b.norm()
 
 
+def test_a_descent_on_tensors_is_the_one_on_arrays():
+    """Tensors are what a GPU works on; numpy's arrays, what a CPU does."""
+    memory, thetas = stored()
+    bottom = memory._bottom(thetas[:3], 60)
+    x, ones = randn(3, 3, 32).double() / 6, torch.ones(3).double()
+    tensors = [torch.tensor(1.0).double(), x, 0 * x, 0 * x, ones * math.inf, ones]
+    arrays, tensor_bottom = [np.float64(1), *(x.numpy() for x in tensors[1:])], [torch.as_tensor(x) for x in bottom]
+    for _ in range(60):
+        arrays, tensors = memory._adam(*arrays, *bottom), memory._adam(*tensors, *tensor_bottom)
+    for array, tensor in zip(arrays, tensors):
+        assert torch.is_tensor(tensor) and np.allclose(array, tensor.numpy(), rtol=1e-6, atol=1e-9)
+    assert arrays[0] == 61 and not np.allclose(arrays[1], x, atol=0.01)
+
+
+@on_a_gpu
+def test_a_gpu_recalls_what_a_cpu_does():
+    """Up to the memory's own error: where a descent stops depends on rounding."""
+    thetas, memories = randn(8, 3000).mul(0.05), [BayesPCN(3000, 64, device=device) for device in ("cpu", "cuda")]
+    recalled = []
+    for memory in memories:
+        for theta in thetas:
+            memory.write(theta[:300], theta[300:])
+        recalled.append(memory.read(thetas[:, :300]))
+    assert (recalled[0] - recalled[1]).norm() < 0.03 * thetas.norm() and memories[1].R[0].is_cuda
+    assert (recalled[1] - thetas).norm() < 1.1 * (recalled[0] - thetas).norm() < 0.1 * thetas.norm()
+    memories[0].load_state_dict(memories[1].state_dict())
+    assert (memories[0].read(thetas[:, :300]) - recalled[1]).norm() < 0.03 * thetas.norm()
+
+
 def test_joint_is_where_moving_the_missing_values_leads():
     """Yoo & Wood let Adam move the missing values too; eliminating them is the end of that road."""
     memory, thetas = stored(5, read="joint")
@@ -705,6 +738,57 @@ def test_fit_is_adamw_with_cosine_decay():
     assert loss == pytest.approx(sum(losses) / 20, abs=1e-5) and accuracy == pytest.approx(100 * hits / 20)
 
 
+@on_a_gpu
+def test_the_fast_step_of_a_gpu_gives_the_losses_of_the_plain_one():
+    """50 steps, captured and in bfloat16, beside the same 50 in float32, launched one by one."""
+    train, _ = data.glyphs(None)
+    images, labels = (x.cuda() for x in data.task(train, range(5)))
+    losses = {}
+    for plain in (True, False):
+        vit = substrate.load("vit_tiny").to("cuda", torch.float32 if plain else torch.bfloat16)
+        lora.add(vit, 8)
+        classifier = til.Classifier(vit, 5, plain=plain)
+        classifier.init(data.generator(0))
+        losses[plain] = [loss for loss, _ in classifier.trainer.fit(images, labels, 50, len(labels), data.generator(1), lr=0.002)]
+    print("largest difference", max(abs(a - b) for a, b in zip(losses[True], losses[False])), "losses", losses[True][::10], losses[False][::10])
+    assert losses[True][-1] < losses[True][0] / 5 and losses[True] == pytest.approx(losses[False], abs=0.05)
+
+
+def test_operations_are_counted(tiny):
+    """Linear layers need 2 d d_out operations for each token, and as much again for the gradient that goes on downwards."""
+    lora.add(tiny, 1)
+    forward = []
+    for layer in tiny.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(lambda layer, x, y: forward.append(2 * x[0].numel() * layer.out_features))
+    flops = til.Classifier(tiny, 5).flops(torch.zeros(3, 16, 16, dtype=torch.uint8))
+    assert 1.9 * sum(forward) < flops < 2.1 * sum(forward)
+    assert til.mfu(989e12 / 4, "NVIDIA H100 80GB HBM3") == 0.25 and til.mfu(1e12, "2 CPU threads") is None
+
+
+def test_two_processes_give_what_one_gives(cifar, tmp_path, monkeypatch, capsys):
+    """torchrun: adapters bit for bit, the task predictor, whose batches are shared, up to rounding; and the same figures."""
+    words, predictor = (*CIFAR, "--data-dir", cifar, "--epochs", 1), ("--predictor-epochs", 1, "--predictor-batch-size", 32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                     # as torchrun does: sums are taken in another order with more
+    a, b = (tmp_path / name / "cifar100-20s-vit_tiny-16px-r8-seed0" for name in ("one", "two"))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
+    for script, more in ((mts, predictor), (til, ())):
+        assert command(script.main, monkeypatch, capsys, *words, *more, "--out", a.parent)[0] == 0
+        line = [sys.executable, *torchrun, script.__file__, *words, *more, "--out", b.parent]
+        done = subprocess.run([*map(str, line)], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.count("| FAA_GT |") == 1, done.stderr
+    for t in range(1, 21):
+        ours, theirs = (data.load_tensors(run / "adapters" / f"{t}.pt") for run in (a, b))
+        assert torch.equal(ours["theta"], theirs["theta"]) and torch.equal(ours["head"]["weight"], theirs["head"]["weight"])
+    ours, theirs = (data.load_tensors(run / "predictor.pt") for run in (a, b))
+    assert torch.allclose(ours["theta"], theirs["theta"], atol=1e-4) and (ours["processes"], theirs["processes"]) == (1, 2)
+    assert (ours["loss"], ours["accuracy"]) == pytest.approx((theirs["loss"], theirs["accuracy"]), rel=1e-3)
+    ours, theirs = (json.loads((run / "til-hopfield.json").read_text()) for run in (a, b))
+    assert ours["per_task"] == theirs["per_task"] and theirs["processes"] == 2
+    torch.set_num_threads(threads)
+
+
 CIFAR = ("--dataset", "cifar100", "--splits", 20, "--backbone", "vit_tiny", "--image-size", 16, "--device", "cpu")
 
 
@@ -988,6 +1072,14 @@ def test_bench_measures_what_it_says(tmp_path, monkeypatch, capsys):
     ours.read_mode = "joint"
     for i, error in enumerate(rows["bayespcn-joint", T]["errors"]):
         assert error == pytest.approx(evaluate.recall_error(ours.read(thetas[i, :n_key]), thetas[i], n_key) ** 2, rel=0.01)
+
+
+def test_speed_measures_a_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(evaluate.STEPS, "cpu", [("vit_tiny", 16, 4, 6, True)])
+    code, out, err = command(evaluate.main, monkeypatch, capsys, "speed", "--device", "cpu", "--out", tmp_path / "s.json")
+    (row,) = json.loads((tmp_path / "s.json").read_text())["rows"]
+    assert code == 0 and "vit_tiny" in out and row["min"] <= row["images_per_second"] <= row["max"] and row["mfu"] is None, err
+    assert row["P"] == 6 * 2 * 2 * 4 * 192 and row["evaluation"] > 0
 
 
 def test_the_literal_write_and_read_are_the_fast_ones():

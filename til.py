@@ -9,14 +9,18 @@ gives each back from a part of itself, the task's key k_t.
 """
 import copy
 import math
+import os
 import re
 import resource
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import evaluate
@@ -26,6 +30,7 @@ from bayespcn import BayesPCN
 from hopfield import Hopfield
 
 LR, LR_END, WEIGHT_DECAY = 0.005, 0.0001, 0.1                                # paper, A.2
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))    # set by torchrun
 
 
 # ---- the two algorithms --------------------------------------------------------------------------------------------------
@@ -84,9 +89,9 @@ class Disk:
 MEMORIES = ("hopfield", "bayespcn", "disk")
 
 
-def new_memory(name, dim, bpcn_read="marginal"):
+def new_memory(name, dim, bpcn_read="marginal", device="cpu"):
     """An empty memory for vectors theta of `dim` elements."""
-    return Hopfield() if name == "hopfield" else BayesPCN(dim, read=bpcn_read) if name == "bayespcn" else Disk()
+    return Hopfield() if name == "hopfield" else BayesPCN(dim, read=bpcn_read, device=device) if name == "bayespcn" else Disk()
 
 
 # ---- training one task -----------------------------------------------------------------------------------------------------
@@ -95,25 +100,29 @@ class Trainer:
     """AdamW on `parameters` with a cosine decay of the learning rate; forward(x, *view) -> logits of the items x.
 
     views(n, generator) draws for every epoch how its n items are seen (data.flips): tensors with one row an item. One object
-    serves all tasks, since on a GPU the step is captured as a CUDA graph, which takes longer than a small task.
+    serves all tasks, since on a GPU the step is captured as a CUDA graph, which takes longer than a small task; unless it is
+    `plain`. `shared`: the processes of torchrun share every batch, instead of each training tasks of its own.
     """
 
-    def __init__(self, parameters, forward, views):
-        self.forward, self.views, device = forward, views, parameters[0].device
-        self.lr, self.loss, self.hits = (torch.zeros((), device=device) for _ in range(3))
+    def __init__(self, parameters, forward, views, plain=False, shared=False):
+        self.parameters, self.forward, self.views, self.shared = parameters, forward, views, shared and WORLD > 1
+        device = parameters[0].device
+        self.lr, self.totals = torch.zeros((), device=device), torch.zeros(3, device=device)     # of loss, hits, items
         self.optimizer = torch.optim.AdamW(parameters, self.lr, weight_decay=WEIGHT_DECAY, fused=True,
                                            capturable=device.type == "cuda")
-        self.run_step = substrate.Graphed(self.step) if device.type == "cuda" else self.step
+        self.run_step = self.step if plain or device.type == "cpu" else substrate.Graphed(self.step)
 
     def step(self, x, y, *view):
         """One step on a batch x with labels y (B,), seen in this way."""
         logits = self.forward(x, *view)
         loss = F.cross_entropy(logits, y)
         loss.backward()
+        if self.shared:
+            average([weight.grad for weight in self.parameters])
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.loss.add_(loss.detach(), alpha=len(y))
-        self.hits.add_((logits.argmax(1) == y).sum())
+        hits, items = (logits.argmax(1) == y).sum(), torch.full_like(loss, len(y))
+        self.totals.add_(torch.stack([loss.detach() * items, hits, items]))
 
     def fit(self, x, y, epochs, batch_size, generator, lr=LR, done=0):
         """Trains on items x with labels y (n,), lr -> LR_END; yields (loss, accuracy in percent) after every epoch.
@@ -126,17 +135,21 @@ class Trainer:
                 value.zero_()
         step, steps = done * math.ceil(len(y) / batch_size), epochs * math.ceil(len(y) / batch_size)
         for epoch in range(done + 1, epochs + 1):
-            self.loss.zero_(), self.hits.zero_()
+            self.totals.zero_()
             order = torch.randperm(len(y), generator=generator).to(y.device)
             views = [view.to(y.device).split(batch_size) for view in self.views(len(y), generator)]
             for batch, *view in zip(order.split(batch_size), *views):
+                if self.shared and len(batch) % WORLD == 0:                  # an odd last batch is trained by all alike
+                    batch, *view = (part[RANK::WORLD] for part in (batch, *view))
                 self.lr.fill_(LR_END + (lr - LR_END) / 2 * (1 + math.cos(math.pi * step / steps)))
                 self.run_step(x[batch], y[batch], *view)
                 step += 1
-            loss = self.loss.item() / len(y)
+            if self.shared:
+                dist.all_reduce(self.totals)
+            loss, hits, items = self.totals.tolist()
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} in epoch {epoch}, learning rate {self.lr.item():.2g}")
-            yield loss, 100 * self.hits.item() / len(y)
+            yield loss / items, 100 * hits / items
 
     def state_dict(self):
         """What an interrupted fit needs to go on, beside the parameters and the generator."""
@@ -149,12 +162,20 @@ class Trainer:
         self.optimizer.param_groups[0].update(lr=self.lr, capturable=self.lr.is_cuda)
 
 
+def average(gradients):
+    """The mean over the processes of torchrun, in place; as one message, since fifty small ones would take longer."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, (flat / WORLD).split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
 class Classifier:
     """C(x; W, theta): a ViT with LoRA and a linear head on its class token, and the Trainer of both."""
 
-    def __init__(self, vit, n_classes, views=data.flips):
+    def __init__(self, vit, n_classes, views=data.flips, **options):
         self.vit, self.head = vit, nn.Linear(vit.config.width, n_classes, device=vit.cls_token.device)
-        self.trainer = Trainer([*lora.parameters(vit), *self.head.parameters()], self.logits, views)
+        self.trainer = Trainer([*lora.parameters(vit), *self.head.parameters()], self.logits, views, **options)
 
     def logits(self, images, *view):
         """Logits (B, n_classes) for uint8 images (B, 3, h, w)."""
@@ -165,6 +186,13 @@ class Classifier:
         lora.init(self.vit, generator)
         init_head(self.head, generator)
 
+    def flops(self, image):
+        """Floating-point operations of a training step for an image (3, h, w), without AdamW's: counted on one."""
+        with FlopCounterMode(display=False) as counter:
+            self.logits(image[None]).sum().backward()
+        self.trainer.optimizer.zero_grad()
+        return counter.get_total_flops()
+
 
 def init_head(head, generator):
     """Small random weights, drawn on the CPU, and zero bias."""
@@ -173,17 +201,18 @@ def init_head(head, generator):
         head.bias.zero_()
 
 
-def train_adapter(classifier, images, labels, epochs, batch_size, generator):
+def train_adapter(classifier, images, labels, epochs, batch_size, generator, init=None):
     """Lines 5 and 6 of Algorithm 1: theta_t and the task's head, trained on D_t (uint8 images, labels 0..n_classes - 1).
 
-    Returns a dictionary: theta (P,) and head (a state dict) on the CPU, loss and accuracy of the last epoch, seconds.
+    init: the generator that theta_t starts from, if it is not the same as for the rest.
+    Returns a dictionary: theta (P,) and head (a state dict) on the CPU, loss and accuracy of the last epoch, seconds, device.
     """
     start, device = time.perf_counter(), classifier.head.weight.device
-    classifier.init(generator)
+    classifier.init(init or generator)
     for loss, accuracy in classifier.trainer.fit(images.to(device), labels.to(device), epochs, batch_size, generator):
         pass
     return {"theta": lora.get(classifier.vit).cpu(), "head": on_cpu(classifier.head), "loss": loss, "accuracy": accuracy,
-            "images": epochs * len(labels), "seconds": time.perf_counter() - start}
+            "images": epochs * len(labels), "seconds": time.perf_counter() - start, "device": device_name(device)}
 
 
 def pace(images, seconds, to_come):
@@ -203,9 +232,15 @@ def class_token(vit, images, *view):
 
 
 @torch.no_grad()
-def features(vit, images, batch_size=250):
+def features(vit, images, batch_size=None):
     """class_token for any number of images on any device, each independent of its companions."""
+    batch_size = batch_size or (1000 if vit.cls_token.is_cuda else 250)      # launches make small batches slow on a GPU
     return torch.cat([class_token(vit, batch.to(vit.cls_token.device)) for batch in images.split(batch_size)])
+
+
+def weights_checksum(vit):
+    """Tells one weights file from another; not of the positions, which are resized, so that it is the same at every size."""
+    return data.checksum(*(value for name, value in vit.state_dict().items() if name != "pos_embed"))
 
 
 # ---- one run: one seed -----------------------------------------------------------------------------------------------------
@@ -217,18 +252,20 @@ class Run:
         self.args, self.seed, self.train, self.test = args, seed, train, test
         self.tasks = data.split(len(train.classes), args.splits, seed)
         self.vit = substrate.load(args.backbone, args.weights, args.image_size)
-        # Not of the positions, which are resized: the same file has the same checksum at every size, on every machine.
-        weights = data.checksum(*(value for name, value in self.vit.state_dict().items() if name != "pos_embed"))
-        self.vit.to(args.device, torch.bfloat16 if args.device.startswith("cuda") else torch.float32)
+        weights = weights_checksum(self.vit)
+        fast = args.device.startswith("cuda") and not args.plain
+        self.vit.to(args.device, torch.bfloat16 if fast else torch.float32)
         lora.add(self.vit, args.rank)                                        # adapters and heads are always float32
-        self.classifier = Classifier(self.vit, len(self.tasks[0]))
+        self.classifier = Classifier(self.vit, len(self.tasks[0]), plain=args.plain)
+        self.seconds = {"load": 0, "task predictor": 0, "training": 0}       # what this command has spent on what
         validate = "-validate" if args.validate else ""
         size = "" if self.vit.image_size == self.vit.config.image_size else f"-{self.vit.image_size}px"
-        self.folder = args.out / f"{args.dataset}{validate}-{args.splits}s-{args.backbone}{size}-r{args.rank}-seed{seed}"
+        shared = "-shared-init" if args.shared_init else ""
+        self.folder = args.out / f"{args.dataset}{validate}-{args.splits}s-{args.backbone}{size}-r{args.rank}{shared}-seed{seed}"
         self.memory_name = args.memory + ("-joint" if (args.memory, args.bpcn_read) == ("bayespcn", "joint") else "")
         self.config = {
             "dataset": args.dataset, "validate": args.validate, "splits": args.splits, "backbone": args.backbone,
-            "rank": args.rank, "seed": seed, "image_size": self.vit.image_size, "epochs": args.epochs,
+            "rank": args.rank, "shared_init": args.shared_init, "seed": seed, "image_size": self.vit.image_size, "epochs": args.epochs,
             "batch_size": args.batch_size, "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY, "weights": weights,
             "train_images": len(train.labels), "train_data": data.checksum(train.labels, train.images[::97]),
             "test_images": len(test.labels), "test_data": data.checksum(test.labels, test.images[::97])}
@@ -267,25 +304,33 @@ class Run:
             if self.args.predict:
                 raise FileNotFoundError(f"{path} is missing: run the same command without --predict first")
             try:
+                init = data.generator(self.seed) if self.args.shared_init else None
                 adapter = train_adapter(self.classifier, images, labels, self.args.epochs, self.args.batch_size,
-                                        data.generator(self.seed, t))
+                                        data.generator(self.seed, t), init)
             except FloatingPointError as error:
                 raise FloatingPointError(f"task {t}: {error}") from None
             self.save(path, adapter | {"t": t})
+            self.seconds["training"] += adapter["seconds"]
             print(f"task {t:3}/{len(self.tasks)}  loss {adapter['loss']:.4f}  train accuracy {adapter['accuracy']:6.2f} %  "
-                  + pace(adapter["images"], adapter["seconds"], len(self.tasks) - t), flush=True)
+                  + pace(adapter["images"], adapter["seconds"], (len(self.tasks) - t) / WORLD), flush=True)
         return self.adapter(t)["theta"]
 
     def memory(self):
-        """The memory M_T and the keys K_T: from the folder if they are there, else by Algorithm 1."""
+        """The memory M_T and the keys K_T: from the folder if they are there, else by Algorithm 1.
+
+        Processes of torchrun first train every WORLD-th task each; then the first of them finds all in the folder and writes.
+        """
         path = self.folder / f"{self.args.memory}.pt"
-        memory = new_memory(self.args.memory, len(lora.get(self.vit)), self.args.bpcn_read)
-        if not path.exists():
+        memory = new_memory(self.args.memory, len(lora.get(self.vit)), self.args.bpcn_read, self.args.device)
+        if path.exists() or WORLD > 1:                                       # an adapter that was removed is trained again
+            for t in range(1 + RANK, 1 + len(self.tasks), WORLD):
+                if not (self.folder / "adapters" / f"{t}.pt").exists():
+                    self.learn(t, *data.task(self.train, self.tasks[t - 1]))
+        wait()
+        if not path.exists() and RANK == 0:
             memory, keys = til_training(self.tasks, self.train, memory, self.learn)
             self.save(path, {"memory": memory.state_dict(), "keys": keys})
-        for t, classes in enumerate(self.tasks, 1):                          # an adapter that was removed is trained again
-            if not (self.folder / "adapters" / f"{t}.pt").exists():
-                self.learn(t, *data.task(self.train, classes))
+        wait()
         state = self.load(path)
         try:
             memory.load_state_dict(state["memory"])
@@ -307,9 +352,9 @@ def assess(run, adapters, memory, keys):
     thetas = [adapter["theta"] for adapter in adapters]
     zero, mean = torch.zeros_like(thetas[0]), torch.stack(thetas).mean(0)
     lists = {name: [] for name in ("gt", "recalled", "none", "wrong", "mean", "linear", "recall_error")}
-    linear = linear_heads(run)
-    for t, classes in enumerate(data.progress(run.tasks, len(run.tasks), "evaluating")):
-        images, labels = data.task(run.test, classes)
+    ours = range(RANK, len(run.tasks), WORLD)                                # each process of torchrun evaluates its share
+    for t, linear in data.progress(zip(ours, linear_heads(run, ours)), len(ours), "evaluating"):
+        images, labels = data.task(run.test, run.tasks[t])
         head = adapters[t]["head"]
         logits = til_inference(run.vit, head, images, keys[t], memory)
         lists["recalled"].append(evaluate.accuracy(logits, labels))
@@ -320,29 +365,29 @@ def assess(run, adapters, memory, keys):
                 frozen = features(run.vit, images)                           # that of the last, `none`, has no adapter
                 logits = head(frozen)
             lists[name].append(evaluate.accuracy(logits, labels))
-        lists["linear"].append(evaluate.accuracy(linear[t](frozen), labels))
-    return lists
+        lists["linear"].append(evaluate.accuracy(linear(frozen), labels))
+    return gather(lists)
 
 
-def linear_heads(run):
-    """The control `linear`: heads trained as in Algorithm 1, but alone, on the features of the bare substrate."""
-    heads = []
-    lora.set(run.vit, torch.zeros_like(lora.get(run.vit)))
-    head = copy.deepcopy(run.classifier.head)
-    trainer = Trainer([*head.parameters()], lambda features, flip: head(features), data.flips)
-    for t, classes in enumerate(run.tasks, 1):
-        images, labels = data.task(run.train, classes)
-        generator, frozen = data.generator(run.seed, t), features(run.vit, images)
+def linear_heads(run, ts):
+    """The control `linear`: yields for each of these tasks, counted from 0, a head trained as in Algorithm 1, but alone, on the
+    features of the bare substrate."""
+    zero, head = torch.zeros_like(lora.get(run.vit)), copy.deepcopy(run.classifier.head)
+    trainer = Trainer([*head.parameters()], lambda features, flip: head(features), data.flips, run.args.plain)
+    for t in ts:
+        lora.set(run.vit, zero)
+        images, labels = data.task(run.train, run.tasks[t])
+        generator, frozen = data.generator(run.seed, t + 1), features(run.vit, images)
         init_head(head, generator)
         for _ in trainer.fit(frozen, labels.to(frozen.device), run.args.epochs, run.args.batch_size, generator):
             pass
-        heads.append(copy.deepcopy(head))
-    return heads
+        yield copy.deepcopy(head)
 
 
 def results(run):
     """Runs Algorithm 1, then Algorithm 2 on all test images; writes and returns til-<memory>.json."""
     start, (memory, keys) = time.perf_counter(), run.memory()
+    written = time.perf_counter()
     adapters = [run.adapter(t) for t in range(1, len(run.tasks) + 1)]
     lists = assess(run, adapters, memory, keys)
     faa = {key: evaluate.faa(values) for key, values in lists.items()}
@@ -352,20 +397,40 @@ def results(run):
         "controls": {key: faa[key] for key in ("none", "wrong", "mean", "linear")},
         "recall_error": {"mean": faa["recall_error"], "max": max(lists["recall_error"])},
         "smallest_weight": evaluate.smallest_weight(memory, keys), "per_task": lists,
-        "images_per_second": sum(a["images"] for a in adapters) / sum(a["seconds"] for a in adapters),
-        "train_seconds": sum(a["seconds"] for a in adapters), "wall_seconds": time.perf_counter() - start,
-        **machine(run.args.device)}
-    data.save_json(run.folder / f"til-{run.memory_name}.json", content)
+        **cost(run, adapters, start, written)}
+    if RANK == 0:
+        data.save_json(run.folder / f"til-{run.memory_name}.json", content)
     return content
 
 
-def machine(device):
-    """What the figures of a run depend on besides its settings, and its peak memory."""
-    cuda = device.startswith("cuda")
-    return {"peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
-            "versions": evaluate.VERSIONS}
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}      # dense bfloat16 operations a second; NVIDIA's data sheets
+
+
+def cost(run, trainings, start, written):
+    """Time, memory and speed for a run's JSON. trainings: what train_adapter returned, or like it; start, written: when
+    Algorithm 1 or 3 was begun and done."""
+    images, seconds = (sum(training[name] for training in trainings) for name in ("images", "seconds"))
+    device, flops = trainings[0]["device"], run.classifier.flops(run.train.images[0].to(run.args.device))
+    rate = images / seconds / trainings[0].get("processes", 1)               # of one device
+    memory = written - start - run.seconds["task predictor"] - run.seconds["training"]
+    stages = run.seconds | {"memory": memory, "evaluation": time.perf_counter() - written}
+    cuda = run.args.device.startswith("cuda")
+    return {
+        "train_seconds": seconds, "train_device": device, "images_per_second": images / seconds, "flops_per_image": flops,
+        "mfu": mfu(rate * flops, device),
+        "wall_seconds": sum(stages.values()), "stage_seconds": stages, "processes": WORLD,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "device": device_name(run.args.device), "versions": evaluate.VERSIONS}
+
+
+def mfu(flops, device):
+    """Model FLOPs utilisation: the share of the GPU's peak that these operations a second are; None if the peak isn't known."""
+    return next((flops / peak for name, peak in PEAK.items() if name in device), None)
+
+
+def device_name(device):
+    """The GPU's name, or the number of threads on the CPU."""
+    return torch.cuda.get_device_name(device) if "cuda" in str(device) else f"{torch.get_num_threads()} CPU threads"
 
 
 def predict(run):
@@ -405,6 +470,8 @@ def parse(parser):
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders (default: runs)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+    parser.add_argument("--shared-init", action="store_true", help="all tasks start from the same random theta (default: each from its own)")
+    parser.add_argument("--plain", action="store_true", help="on a GPU: float32 and no CUDA graph; slower, but can be debugged")
     parser.add_argument("--validate", action="store_true", help="test on a tenth of the training images, held out: for choosing options")
     parser.add_argument("--predict", type=Path, metavar="PICTURE", help="classify this picture with a finished run")
     args = parser.parse_args()
@@ -420,22 +487,55 @@ def parse(parser):
         raise ValueError(f"--seeds {args.seeds}: they must be different numbers, none below 0")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise ValueError(f"--device {args.device}: choose cpu, cuda or cuda:N")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this machine has no CUDA GPU that PyTorch can use; try --device cpu")
+    evaluate.check_device(args.device)
+    if args.device.startswith("cuda"):
+        index = int(os.environ["LOCAL_RANK"]) if WORLD > 1 else torch.device(args.device).index or 0
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"there is no GPU {index}: this machine has {torch.cuda.device_count()}, counted from 0")
+        torch.cuda.set_device(index)
+        args.device = f"cuda:{index}"
     torch.set_float32_matmul_precision("high")                               # TF32 on GPUs; memories read in float64
     return args
 
 
 def launch(args, results, predict):
     """results(run) for one run per seed, and their table; or predict(run) for a picture."""
+    start = time.perf_counter()
+    if WORLD > 1:
+        torch.set_num_threads(max(1, os.cpu_count() // WORLD))               # torchrun allows one
+        dist.init_process_group(timeout=timedelta(days=1))
+    if RANK > 0:
+        wait()                                                               # until the first process has fetched and decoded
     train, test = data.load(args.dataset, args.data_dir)
+    if RANK == 0:
+        wait()
     if args.validate:
         train, test = data.hold_out(train)
-    runs = (Run(args, seed, train, test) for seed in args.seeds)
-    if args.predict:
-        predict(next(runs))
-    else:
-        print(evaluate.report([results(run) for run in runs]))
+    contents = []
+    for seed in args.seeds:
+        run = Run(args, seed, train, test)
+        run.seconds["load"] = time.perf_counter() - start
+        contents.append(predict(run) if args.predict else results(run))
+        start = time.perf_counter()
+    if not args.predict and RANK == 0:
+        print(evaluate.report(contents))
+
+
+# ---- several processes, one a GPU: torchrun --nproc_per_node 2 til.py ... ------------------------------------------------------
+
+def wait():
+    """Until all processes have come here."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+def gather(lists):
+    """A dictionary of lists with a number for every WORLD-th task, from each process -> the lists of all tasks."""
+    parts = [lists] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, lists)
+    n = sum(len(part["gt"]) for part in parts)
+    return {name: [parts[t % WORLD][name][t // WORLD] for t in range(n)] for name in lists}
 
 
 def main():
