@@ -246,9 +246,13 @@ class BayesPCN:
 
     def load_state_dict(self, state):
         """Takes over a copy of the state. Raises ValueError if it is of a memory with other constructor arguments."""
-        if state.get("config") != self.config:
+        def shapes(R, U, r):
+            return [x.shape for x in (*R, *U, r)]
+        same = shapes(state["R"], state["U"], state["r"]) == shapes(self.R, self.U, self.r)
+        if state.get("config") != self.config or not same or state["_G"].shape != self.U[0].shape:
             raise ValueError(f"state of a memory with {state.get('config')}, expected {self.config}: make one like it")
         new, device = copy.deepcopy(state), self.r.device
+        new |= {"u": float(new["u"]), "count": int(new["count"])}
         new |= {name: [x.to(device) for x in new[name]] for name in ("R", "U")} | {name: new[name].to(device) for name in ("r", "_G")}
         vars(self).update(new, _gram_of=new["R"][0])
 

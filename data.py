@@ -7,13 +7,14 @@ every command runs with nothing to download.
 """
 import argparse
 import codecs
+import contextlib
+import fcntl
 import json
 import os
 import pickle
 import shutil
 import sys
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.datasets import CIFAR100
+from torchvision.datasets.folder import pil_loader
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.io import ImageReadMode, decode_image, write_png
+from torchvision.io import write_png
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
@@ -114,9 +116,14 @@ def tiny_imagenet(data_dir):
     The first call decodes 110,000 JPEG files and keeps them as one tensor file; later calls map that file into memory.
     """
     cache = data_dir / "tiny-imagenet-200.pt"
-    if not cache.exists():
-        save_tensors(cache, decode_tiny_imagenet(data_dir / "tiny-imagenet-200"))
-    content = load_tensors(cache, mmap=True)
+    if cache.exists():
+        content = load_tensors(cache, mmap=True)
+    else:
+        content = decode_tiny_imagenet(data_dir / "tiny-imagenet-200")
+        try:
+            save_tensors(cache, content)
+        except OSError as error:                 # a folder that is shared and read-only, say
+            print(f"{error}\nthe next start will have to decode again", file=sys.stderr)
     return tuple(Images(content[f"{half}_images"], content[f"{half}_labels"], content["classes"])
                  for half in ("train", "val"))
 
@@ -125,24 +132,35 @@ def decode_tiny_imagenet(folder, n_classes=200, n_train=500, n_val=50):
     """The content of the official folder as a dictionary of tensors; the counts are what it must hold."""
     if not folder.is_dir():
         fetch("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de", folder)
-    wnids = read_lines(folder / "wnids.txt")
-    names = dict(line.split("\t", 1) for line in read_lines(folder / "words.txt"))
-    paths = [sorted((folder / "train" / wnid / "images").glob("*.JPEG")) for wnid in wnids]
-    train = [(path, label) for label, class_paths in enumerate(paths) for path in class_paths]
-    # The val pictures all lie in one folder: only the annotations say which class each belongs to.
-    rows = [line.split("\t")[:2] for line in read_lines(folder / "val" / "val_annotations.txt")]
-    val = sorted((folder / "val" / "images" / file, wnids.index(wnid)) for file, wnid in rows)
-    content = {"classes": [names[wnid].split(",")[0] for wnid in wnids]}
+    try:
+        wnids = read_lines(folder / "wnids.txt")
+        names = dict(line.split("\t", 1) for line in read_lines(folder / "words.txt"))
+        paths = [sorted((folder / "train" / wnid / "images").glob("*.JPEG")) for wnid in wnids]
+        train = [(path, label) for label, class_paths in enumerate(paths) for path in class_paths]
+        # The val pictures all lie in one folder: only the annotations say which class each belongs to.
+        rows = [line.split("\t")[:2] for line in read_lines(folder / "val" / "val_annotations.txt")]
+        val = sorted((folder / "val" / "images" / file, wnids.index(wnid)) for file, wnid in rows)
+        content = {"classes": [names[wnid].split(",")[0] for wnid in wnids]}
+    except (ValueError, KeyError):
+        raise ValueError(f"{folder}: wnids.txt, words.txt and val/val_annotations.txt do not fit together: unpack the archive "
+                         "again") from None
     for half, pairs, each in (("train", train, n_train), ("val", val, n_val)):
         labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
         counts = labels.bincount(minlength=n_classes).tolist()
         if counts != [each] * n_classes:
             raise ValueError(f"{folder / half}: expected {each} images in each of {n_classes} classes, found "
                              f"{min(counts)} to {max(counts)} in {len(counts)}: unpack the archive again")
-        with ThreadPoolExecutor() as pool:
-            images = list(progress(pool.map(read_picture, [path for path, _ in pairs]), len(pairs), f"decoding {half}"))
+        images = [read_64(path) for path, _ in progress(pairs, len(pairs), f"decoding {half}")]
         content |= {f"{half}_images": torch.stack(images), f"{half}_labels": labels}
     return content
+
+
+def read_64(path):
+    """A picture of the data set, uint8 (3, 64, 64)."""
+    picture = read_picture(path)
+    if picture.shape != (3, 64, 64):
+        raise ValueError(f"{path} has {picture.shape[2]} x {picture.shape[1]} pixels, expected 64 x 64: unpack the archive again")
+    return picture
 
 
 def read_lines(path):
@@ -202,7 +220,37 @@ def coverage(x, y, strokes, thickness):
     return ((thickness - np.sqrt(nearest)) / 0.03 + 0.5).clip(0, 1).astype(np.float32)
 
 
-LOADERS = {"glyphs": glyphs, "cifar100": cifar100, "tinyimagenet": tiny_imagenet}
+# ---- a folder of one's own -----------------------------------------------------------------------------------------------
+
+def folder(data_dir, side=224):
+    """Pictures of any size in data_dir/train/<class>/ and data_dir/test/<class>/: their central squares, side x side pixels.
+
+    Without test/, every fifth picture of a class, in the order of the names, is for testing.
+    """
+    classes, in_test = (sorted(path.name for path in (data_dir / half).glob("[!.]*") if path.is_dir()) for half in ("train", "test"))
+    if not classes:
+        raise FileNotFoundError(f"there is no class folder in {data_dir / 'train'}: --data-dir takes a folder that holds "
+                                "train/<class>/<picture> and, if you like, test/<class>/<picture>")
+    pairs = {half: [(path, label) for label, name in enumerate(classes) for path in sorted((data_dir / half / name).glob("[!.]*"))]
+             for half in ("train", "test")}
+    if not (data_dir / "test").exists():
+        labels = torch.tensor([label for _, label in pairs["train"]])
+        held = every_nth(labels, 5)
+        pairs = {half: [pair for pair, test in zip(pairs["train"], held) if test == (half == "test")] for half in pairs}
+    if other := sorted({*in_test} - {*classes}):
+        raise ValueError(f"{data_dir / 'test'} has a class folder '{other[0]}' that train/ has not: add or remove it")
+    halves = []
+    for half, found in pairs.items():
+        if not found:
+            raise ValueError(f"there is no picture in {data_dir / half}/<class>/")
+        squares = (square(read_picture(path)) for path, _ in progress(found, len(found), f"reading {half}"))
+        images = [v2.functional.resize(picture, [side, side], v2.InterpolationMode.BICUBIC) for picture in squares]
+        halves.append(Images(torch.stack(images), torch.tensor([label for _, label in found]), classes))
+    return tuple(halves)
+
+
+LOADERS = {"glyphs": glyphs, "cifar100": cifar100, "tinyimagenet": tiny_imagenet, "folder": folder}
+N_CLASSES = {"glyphs": 100, "cifar100": 100, "tinyimagenet": 200}
 
 
 # ---- tasks and pictures --------------------------------------------------------------------------------------------------
@@ -240,10 +288,16 @@ def task_ids(labels, tasks):
 
 def hold_out(train):
     """Two halves from `train`: nine tenths of every class to train with, and every tenth image for testing."""
-    held = torch.zeros(len(train.labels), dtype=torch.bool)
-    for label in range(len(train.classes)):
-        held[(train.labels == label).nonzero()[::10]] = True
+    held = every_nth(train.labels, 10)
     return tuple(Images(train.images[part], train.labels[part], train.classes) for part in (~held, held))
+
+
+def every_nth(labels, n):
+    """Of the images with these labels (N,), every n-th of each class, beginning with its first: bool (N,)."""
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        held[(labels == label).nonzero()[::n]] = True
+    return held
 
 
 def generator(*seed):
@@ -282,15 +336,17 @@ def prepare(images, vit, flip=None, crop=None):
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1).to(vit.cls_token.dtype)
 
 
+UPRIGHT = {2: [-1], 3: [-1, -2], 4: [-2], 6: [-1], 7: [-1, -2], 8: [-2]}       # EXIF orientation: sides to mirror
+
+
 def read_picture(path):
     """A picture file of any size and mode as uint8 (3, h, w): upright, RGB, the first frame of several."""
     try:
-        content = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
-        picture = decode_image(content, ImageReadMode.RGB, apply_exif_orientation=True)
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].split(", ", 2)[-1]               # without torchvision's function and source line
-        raise ValueError(f"{path} cannot be read as a picture (JPEG, PNG, GIF or WebP): {reason}") from None
-    return v2.functional.to_dtype(picture[0] if picture.ndim == 4 else picture, torch.uint8, scale=True)
+        picture = pil_loader(str(path))          # refuses pictures so large that they would exhaust the memory
+        orientation, pixels = picture.getexif().get(0x0112, 1), v2.functional.pil_to_tensor(picture)
+    except Exception as error:                   # broken bytes make a decoder raise almost anything
+        raise ValueError(f"{path} cannot be read as a picture: {str(error) or type(error).__name__}") from None
+    return (pixels.mT if orientation in (5, 6, 7, 8) else pixels).flip(UPRIGHT.get(orientation, []))
 
 
 def square(picture):
@@ -301,14 +357,32 @@ def square(picture):
 # ---- files -------------------------------------------------------------------------------------------------------------
 
 def atomically(path, write):
-    """Calls write(scratch path), then renames: a file named `path` is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    """Calls write(scratch path), then renames: a file named `path` is either whole or not there. Raises OSError."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(scratch)
         os.replace(scratch, path)
+    except (OSError, RuntimeError) as error:     # a full disk: torch.save says so with a RuntimeError
+        raise OSError(f"cannot write {path} ({error}): what was there before is kept; make room for it "
+                      "there, or see who may write, and run the command again") from None
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def lock(folder):
+    """Keeps other processes out of a folder for as long as the file that it returns is open, even if this one is killed, and
+    clears away what was half written when one was. Raises ValueError if another process has the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is at work in {folder}: wait for it, or name another folder with --out") from None
+    for scratch in folder.rglob(".*.part"):
+        scratch.unlink()
+    return file
 
 
 def save_tensors(path, content):
@@ -319,12 +393,11 @@ def save_tensors(path, content):
 def load_tensors(path, mmap=None):
     """What save_tensors wrote, on the CPU, without executing pickles. Raises ValueError for a damaged file.
 
-    With mmap the file is read where it is used, and its checksum not at all.
+    With mmap the file is read where it is used.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        expected = content.pop("checksum", None)
-        whole = mmap or expected == checksum(content)
+        whole = content.pop("checksum", None) == checksum(content)
     except (FileNotFoundError, PermissionError):
         raise
     except Exception:                            # bytes that are no PyTorch file make torch.load raise almost anything
@@ -335,18 +408,24 @@ def load_tensors(path, mmap=None):
 
 
 def save_json(path, content):
-    """A dictionary as JSON, one line a key, written atomically."""
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-    atomically(path, lambda scratch: scratch.write_text(f"{{\n{lines}\n}}\n"))
+    """A dictionary as JSON, one line a key, written atomically, with a checksum."""
+    content = content | {"checksum": checksum(json_lines(content))}
+    atomically(path, lambda scratch: scratch.write_text(f"{{\n{json_lines(content)}\n}}\n"))
+
+
+def json_lines(content):
+    """The lines between the braces of save_json's file."""
+    return ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
 
 
 def load_json(path):
-    """What save_json wrote. Raises ValueError for a damaged file."""
+    """What save_json wrote. Raises ValueError for a file that was damaged or edited."""
     try:
         content = json.loads(path.read_text())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
+        whole = content.pop("checksum") == checksum(json_lines(content))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        whole = False
+    if not whole:
         raise ValueError(f"{path} is damaged: remove it and run the command again")
     return content
 
@@ -393,7 +472,10 @@ def progress(items, total, label):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors in one line."""
+    """argparse, with an example first in the help, and errors in one line."""
+
+    def __init__(self, example, description, prog=None):
+        super().__init__(prog=prog, description=f"{description}\n\nexample: {example}", formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -401,20 +483,27 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(main):
     """Calls main(); an error of the user's ends in one line and exit code 2, Ctrl-C in one line and 130."""
-    script = Path(sys.argv[0]).name
+    def stop(message, code):
+        print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(code)
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(print(f"{script}: error: {error}", file=sys.stderr) or 2)
+        stop(f"error: {error}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "alloc" not in str(error):    # by this word PyTorch's lack of memory is known
+            raise
+        stop(f"error: out of memory ({error}): choose a smaller --batch-size, --image-size or --rank; what was finished is kept", 2)
     except KeyboardInterrupt:
-        sys.exit(print(f"\n{script}: stopped; files that were finished are kept", file=sys.stderr) or 130)
+        print(file=sys.stderr)
+        stop("stopped; finished tasks and epochs are kept, the same command goes on from there", 130)
 
 
 def main():
     """Draws a sheet of samples of a data set."""
-    parser = Parser(description="Draw a sheet of samples, one row a class.", epilog="example: python data.py --dataset glyphs")
-    parser.add_argument("--dataset", choices=LOADERS, default="glyphs")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser = Parser("python data.py --dataset glyphs", "Draw a sheet of samples, one row a class.")
+    parser.add_argument("--dataset", choices=LOADERS, default="glyphs", help="default: glyphs")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
     parser.add_argument("--out", type=Path, help="PNG file (default: <dataset>.png)")
     args = parser.parse_args()
     train, _ = load(args.dataset, args.data_dir)

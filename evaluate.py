@@ -373,8 +373,7 @@ def bench_table(rows):
 
 def bench(words):
     """Time, bytes and recall error of the memories on made-up thetas, as their number T and length P grow."""
-    parser = data.Parser(prog="evaluate.py bench", description=bench.__doc__,
-                         epilog="example: python evaluate.py bench --sizes 18432 --counts 20 100")
+    parser = data.Parser("python evaluate.py bench --sizes 18432 --counts 20 100", bench.__doc__, "evaluate.py bench")
     parser.add_argument("--sizes", type=int, nargs="+", default=[18432, 147456, 294912], help="P (default: %(default)s)")
     parser.add_argument("--counts", type=int, nargs="+", default=[20, 100, 200, 300], help="T (default: %(default)s)")
     parser.add_argument("--hidden", type=int, nargs="+", default=[256], help="H of BayesPCN (default: %(default)s)")
@@ -432,7 +431,7 @@ def classifier(config, heads, args):
     train, test = data.load(config["dataset"], args.data_dir)
     if config["validate"]:
         train, test = data.hold_out(train)
-    for name, found in (("weights", til.weights_checksum(vit)), ("test_data", data.checksum(test.labels, test.images[::97]))):
+    for name, found in (("weights", til.weights_checksum(vit)), ("test_data", data.checksum(*test))):
         if found != config[name]:
             raise ValueError(f"{name} {found} are not those of the run, {config[name]}: name them with --weights and --data-dir")
     vit.to(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
@@ -522,7 +521,7 @@ def draw(path, panels, nrow, height=None):
 
 def probe(words):
     """What the memories of a finished run recall from noisy, short and faded cues, and with another beta."""
-    parser = data.Parser(prog="evaluate.py probe", description=probe.__doc__, epilog="example: python evaluate.py probe runs/X")
+    parser = data.Parser("python evaluate.py probe runs/X", probe.__doc__, "evaluate.py probe")
     parser.add_argument("run", type=Path, help="folder of a finished run")
     parser.add_argument("--out", type=Path, help="folder for probe.json and two PNG files (default: the run's)")
     parser.add_argument("--faa", action="store_true", help="classify the run's test images, too, with what was recalled")
@@ -598,7 +597,7 @@ def speed_table(rows):
 
 def speed(words):
     """Images per second of the training step, the median of seven repeats, as rank and pictures grow."""
-    parser = data.Parser(prog="evaluate.py speed", description=speed.__doc__, epilog="example: python evaluate.py speed --device cpu")
+    parser = data.Parser("python evaluate.py speed --device cpu", speed.__doc__, "evaluate.py speed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
     parser.add_argument("--out", type=Path, help="JSON file (default: results/speed-<device>.json)")
     args = parser.parse_args(words)
@@ -615,7 +614,7 @@ def speed(words):
 
 def tables(words):
     """The paper's tables over finished runs."""
-    parser = data.Parser(description=tables.__doc__, epilog="example: python evaluate.py runs/*   More: bench -h, probe -h, speed -h")
+    parser = data.Parser("python evaluate.py runs/*   More: bench -h, probe -h, speed -h", tables.__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or `bench`, or `probe`")
     print(report(read_runs(parser.parse_args(words).runs)))
 

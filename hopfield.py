@@ -54,8 +54,12 @@ class Hopfield:
         return {"beta": self.beta, "K": self.K, "V": self.V}
 
     def load_state_dict(self, state):
-        """Takes over what state_dict gave."""
-        self.beta, self.K, self.V = state["beta"], state["K"], state["V"]
+        """Takes over what state_dict gave. Raises ValueError if beta is no number or K and V do not fit together."""
+        self.__init__(float(state["beta"]))
+        K, V = state["K"], state["V"]
+        if not (K is V is None or K.ndim == V.ndim == 2 and K.shape[1] == V.shape[1] and K.is_floating_point() and V.is_floating_point()):
+            raise ValueError("K and V must be two matrices with one column for each stored item")
+        self.K, self.V = K, V
 
     @property
     def nbytes(self):

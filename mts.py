@@ -91,6 +91,8 @@ def load_predictor(run, path, settings, classifier, generator):
     state = run.load(path)
     try:
         if state["settings"] == settings:
+            if [type(state[name]) for name in ("epoch", "images", "seconds", "device", "processes")] != [int, int, float, str, int]:
+                raise TypeError
             lora.set(classifier.vit, state["theta"])
             classifier.head.load_state_dict(state["head"])
             classifier.trainer.load_state_dict(state["optimizer"])
@@ -125,7 +127,7 @@ def assess(run, predictor, memory, keys):
     places = data.positions(run.test.labels, run.tasks, len(run.test.classes))
     adapters = [run.adapter(t) for t in range(1, len(run.tasks) + 1)]
     heads, thetas = [a["head"] for a in adapters], torch.stack([a["theta"] for a in adapters])
-    disk = til.new_memory("disk", len(thetas[0]))
+    disk = til.Disk()
     for theta in thetas:
         disk.write(*lora.split_key(theta))
     t_hat, logits = mts_inference(run.vit, predictor, heads, images, keys, memory)
@@ -175,8 +177,7 @@ def predict(run):
 
 def main():
     """Trains, stores, recalls and evaluates, one run per seed; or classifies one picture."""
-    parser = data.Parser(description="Multi-task switching (Algorithms 3 and 4).",
-                         epilog="example: python mts.py --dataset tinyimagenet --splits 50 --memory bayespcn")
+    parser = data.Parser("python mts.py --dataset tinyimagenet --splits 50 --memory bayespcn", "Multi-task switching (Algorithms 3 and 4).")
     parser.add_argument("--predictor-epochs", type=int, help="epochs of the task predictor (default: 5 for glyphs, else 10)")
     parser.add_argument("--predictor-batch-size", type=int, help="default: 16 for glyphs, else 128")
     args = til.parse(parser)

@@ -2,12 +2,21 @@
 
     python -m pytest -q
 """
+import contextlib
+import io
 import json
 import math
 import os
 import pickle
+import re
+import resource
+import shutil
+import struct
 import subprocess
 import sys
+import tempfile
+import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +56,12 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def cifar(tmp_path_factory):
+    return small_cifar(tmp_path_factory.mktemp("data"))
+
+
+def small_cifar(data_dir):
     """A small CIFAR-100 in its own on-disk format: 100 classes of a colour each, 6 train and 2 test images a class."""
-    folder = tmp_path_factory.mktemp("data") / "cifar-100-python"
+    folder = data_dir / "cifar-100-python"
     folder.mkdir()
     rng = np.random.default_rng(0)
     colours = rng.integers(30, 226, (100, 3, 1))
@@ -61,15 +74,17 @@ def cifar(tmp_path_factory):
     return folder.parent
 
 
-def command(main, monkeypatch, capsys, *words):
+def command(main, *words):
     """Calls a script's main with a command line: (exit code, standard output, standard error)."""
-    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
-    code = 0
+    argv, sys.argv, code, out, err = sys.argv, ["script.py", *map(str, words)], 0, io.StringIO(), io.StringIO()
     try:
-        data.run_command(main)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            data.run_command(main)
     except SystemExit as stop:
         code = stop.code
-    return code, *capsys.readouterr()
+    finally:
+        sys.argv = argv
+    return code, out.getvalue(), err.getvalue()
 
 
 # ---- vit.py --------------------------------------------------------------------------------------------------------------
@@ -173,7 +188,7 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
         substrate.load("vit_tiny", image_size=60)
 
 
-def test_what_pretraining_writes_can_be_loaded(tmp_path, monkeypatch, capsys):
+def test_what_pretraining_writes_can_be_loaded(tmp_path, monkeypatch):
     """python vit.py with everything but the training itself: random weights on a few random pictures."""
     torch.manual_seed(0)
     vit = substrate.ViT(substrate.CONFIGS["vit_tiny"])
@@ -181,11 +196,11 @@ def test_what_pretraining_writes_can_be_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "load", lambda name, data_dir: (images, images))
     monkeypatch.setattr(substrate, "pretrain", lambda *args: (vit, nn.Linear(192, 200)))
-    code, out, err = command(substrate.main, monkeypatch, capsys, "--out", tmp_path / "new.pt", "--device", "cpu")
+    code, out, err = command(substrate.main, "--out", tmp_path / "new.pt", "--device", "cpu")
     assert code == 0 and "top-1" in out and json.loads((tmp_path / "results" / "vit_tiny.json").read_text())["epochs"] == 300, err
     loaded = substrate.load("vit_tiny", tmp_path / "new.pt").state_dict()
     assert all(torch.equal(loaded[name], value.half().float()) for name, value in vit.state_dict().items())
-    code, out, err = command(substrate.main, monkeypatch, capsys, "--out", tmp_path / "new.pt", "--device", "cpu")
+    code, out, err = command(substrate.main, "--out", tmp_path / "new.pt", "--device", "cpu")
     assert code == 2 and "new.pt exists" in err
 
 
@@ -638,6 +653,28 @@ def test_tinyimagenet_names_what_is_broken(tiny_imagenet):
         data.decode_tiny_imagenet(tiny_imagenet, 3, 4, 2)
 
 
+def test_a_folder_of_ones_own(tmp_path):
+    for half, n in (("train", 10), ("test", 2)):
+        for label, name in enumerate(("cat", "dog")):
+            (tmp_path / half / name).mkdir(parents=True)
+            for i in range(n):
+                write_png(torch.full((3, 20 + i, 30), 100 * label + i, dtype=torch.uint8), str(tmp_path / half / name / f"{i}.png"))
+    train, test = data.load("folder", tmp_path)
+    assert train.images.shape == (20, 3, 224, 224) and train.classes == ["cat", "dog"] and test.labels.tolist() == [0, 0, 1, 1]
+    assert train.images[:, 0, 5, 5].tolist() == [100 * label + i for label in range(2) for i in range(10)]
+    (tmp_path / "test" / "cow").mkdir()
+    with pytest.raises(ValueError, match="cow"):
+        data.load("folder", tmp_path)
+    shutil.rmtree(tmp_path / "test")
+    train, test = data.load("folder", tmp_path)                          # pictures 0 and 5 of each class
+    assert test.images[:, 0, 5, 5].tolist() == [0, 5, 100, 105] and len(train.labels) == 16
+    (tmp_path / "train" / "empty").mkdir()
+    with pytest.raises(ValueError, match="no train image of class 'empty'"):
+        data.load("folder", tmp_path)
+    with pytest.raises(FileNotFoundError, match="train/<class>/<picture>"):
+        data.load("folder", tmp_path / "train")
+
+
 def test_pictures_of_any_size_and_mode(tmp_path):
     picture = torch.randint(0, 256, (3, 30, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "p.png"
@@ -650,6 +687,17 @@ def test_pictures_of_any_size_and_mode(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="p.png cannot be read"):
             data.read_picture(path)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_torchvision_turns_them(tmp_path, orientation):
+    path = tmp_path / "p.jpg"
+    write_jpeg(torch.arange(8 * 16 * 3, dtype=torch.uint8).view(3, 8, 16), str(path))
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    content = path.read_bytes()
+    path.write_bytes(content[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + content[2:])
+    theirs = decode_image(str(path), apply_exif_orientation=True)
+    assert theirs.shape == ((3, 16, 8) if orientation > 4 else (3, 8, 16)) and torch.equal(data.read_picture(path), theirs)
 
 
 def test_a_file_whose_content_was_changed_is_refused(tmp_path):
@@ -766,7 +814,7 @@ def test_operations_are_counted(tiny):
     assert til.mfu(989e12 / 4, "NVIDIA H100 80GB HBM3") == 0.25 and til.mfu(1e12, "2 CPU threads") is None
 
 
-def test_two_processes_give_what_one_gives(cifar, tmp_path, monkeypatch, capsys):
+def test_two_processes_give_what_one_gives(cifar, tmp_path):
     """torchrun: adapters bit for bit, the task predictor, whose batches are shared, up to rounding; and the same figures."""
     words, predictor = (*CIFAR, "--data-dir", cifar, "--epochs", 1), ("--predictor-epochs", 1, "--predictor-batch-size", 32)
     threads = torch.get_num_threads()
@@ -774,7 +822,7 @@ def test_two_processes_give_what_one_gives(cifar, tmp_path, monkeypatch, capsys)
     a, b = (tmp_path / name / "cifar100-20s-vit_tiny-16px-r8-seed0" for name in ("one", "two"))
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2)
     for script, more in ((mts, predictor), (til, ())):
-        assert command(script.main, monkeypatch, capsys, *words, *more, "--out", a.parent)[0] == 0
+        assert command(script.main, *words, *more, "--out", a.parent)[0] == 0
         line = [sys.executable, *torchrun, script.__file__, *words, *more, "--out", b.parent]
         done = subprocess.run([*map(str, line)], capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.count("| FAA_GT |") == 1, done.stderr
@@ -792,10 +840,10 @@ def test_two_processes_give_what_one_gives(cifar, tmp_path, monkeypatch, capsys)
 CIFAR = ("--dataset", "cifar100", "--splits", 20, "--backbone", "vit_tiny", "--image-size", 16, "--device", "cpu")
 
 
-def test_the_main_job_on_a_small_cifar100(cifar, tmp_path, monkeypatch, capsys):
+def test_the_main_job_on_a_small_cifar100(cifar, tmp_path):
     """Training, memory, evaluation, tables; then the same command continues instead of training again."""
     words = (*CIFAR, "--data-dir", cifar, "--out", tmp_path, "--seeds", 0, 1)
-    code, out, err = command(til.main, monkeypatch, capsys, *words, "--memory", "hopfield")
+    code, out, err = command(til.main, *words, "--memory", "hopfield")
     assert code == 0 and "FAA_GT" in out and "97.12 ± 0.44" in out, err
     folder = tmp_path / "cifar100-20s-vit_tiny-16px-r8-seed0"
     result = json.loads((folder / "til-hopfield.json").read_text())
@@ -803,46 +851,46 @@ def test_the_main_job_on_a_small_cifar100(cifar, tmp_path, monkeypatch, capsys):
     assert set(result["controls"]) == {"none", "wrong", "mean", "linear"} and len(result["per_task"]["gt"]) == 20
     assert {"faa_gt", "faa", "images_per_second", "peak_memory_bytes", "wall_seconds", "device", "class_order"} <= set(result)
     before = {path: path.stat().st_mtime_ns for path in folder.glob("adapters/*.pt")}
-    code, out, err = command(til.main, monkeypatch, capsys, *words, "--memory", "disk")
+    code, out, err = command(til.main, *words, "--memory", "disk")
     assert code == 0 and "task " not in out
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("adapters/*.pt")} and len(before) == 20
     assert json.loads((folder / "til-disk.json").read_text())["faa"] == result["faa_gt"]
-    assert command(til.main, monkeypatch, capsys, *words[:-3], "--memory", "bayespcn")[0] == 0
+    assert command(til.main, *words[:-3], "--memory", "bayespcn")[0] == 0
     bayespcn = json.loads((folder / "til-bayespcn.json").read_text())
     assert 0 < bayespcn["recall_error"]["max"] < 0.3 and bayespcn["faa_gt"] == result["faa_gt"]
-    code, out, err = command(evaluate.main, monkeypatch, capsys, *tmp_path.iterdir())
+    code, out, err = command(evaluate.main, *tmp_path.iterdir())
     assert code == 0 and "M = disk" in out and "M = bayespcn" in out and f"{result['faa_gt']:.2f}"[:2] in out and "(2)" in out
-    code, out, err = command(til.main, monkeypatch, capsys, *words, "--rank", 8, "--epochs", 2)
+    code, out, err = command(til.main, *words, "--rank", 8, "--epochs", 2)
     assert code == 2 and "epochs 3" in err and "epochs 2" in err
     picture = tmp_path / "p.png"
     write_png(data.load("cifar100", cifar)[1].images[0], str(picture))
     words = words[:-3]                                                   # one seed
-    code, out, err = command(til.main, monkeypatch, capsys, *words, "--predict", picture, "--task", 20)
+    code, out, err = command(til.main, *words, "--predict", picture, "--task", 20)
     assert code == 0 and out.count("colour") == 5 and sum(float(line.split()[0]) for line in out.splitlines()) == pytest.approx(100, abs=0.05)
     for bad, said in (((picture, 21), "--task takes 1 to 20"), ((tmp_path / "none.png", 1), "none.png")):
-        code, out, err = command(til.main, monkeypatch, capsys, *words, "--predict", bad[0], "--task", bad[1])
+        code, out, err = command(til.main, *words, "--predict", bad[0], "--task", bad[1])
         assert code == 2 and said in err and err.count("\n") == 1
 
 
-def test_theta_depends_only_on_seed_and_t(cifar, tmp_path, monkeypatch, capsys):
+def test_theta_depends_only_on_seed_and_t(cifar, tmp_path):
     """Bit for bit: a run that is cut after some tasks and continued, with another memory, equals an undisturbed one."""
     words = (*CIFAR, "--data-dir", cifar, "--epochs", 1)
-    assert command(til.main, monkeypatch, capsys, *words, "--out", tmp_path / "a")[0] == 0
+    assert command(til.main, *words, "--out", tmp_path / "a")[0] == 0
     a, b = (tmp_path / name / "cifar100-20s-vit_tiny-16px-r8-seed0" for name in "ab")
     (b / "adapters").mkdir(parents=True)
     (b / "config.json").write_bytes((a / "config.json").read_bytes())
     for t in (2, 3, 9):                                                  # as if these alone had been finished
         (b / "adapters" / f"{t}.pt").write_bytes((a / "adapters" / f"{t}.pt").read_bytes())
     torch.rand(5)                                                        # the global generator must not matter
-    assert command(til.main, monkeypatch, capsys, *words, "--memory", "disk", "--out", tmp_path / "b")[0] == 0
+    assert command(til.main, *words, "--memory", "disk", "--out", tmp_path / "b")[0] == 0
     thetas = [[data.load_tensors(run / "adapters" / f"{t}.pt")["theta"] for t in range(1, 21)] for run in (a, b)]
     assert torch.equal(torch.stack(thetas[0]), torch.stack(thetas[1]))
     assert not torch.equal(thetas[0][0], thetas[0][1])
 
 
-def test_damaged_and_swapped_files_of_a_run_are_named(cifar, tmp_path, monkeypatch, capsys):
+def test_damaged_and_swapped_files_of_a_run_are_named(cifar, tmp_path):
     words = (*CIFAR, "--data-dir", cifar, "--epochs", 1, "--out", tmp_path)
-    assert command(til.main, monkeypatch, capsys, *words)[0] == 0
+    assert command(til.main, *words)[0] == 0
     folder = tmp_path / "cifar100-20s-vit_tiny-16px-r8-seed0"
     adapter, state = (data.load_tensors(folder / name) for name in ("adapters/4.pt", "hopfield.pt"))
     for name, content in (("adapters/4.pt", adapter | {"theta": torch.ones(36_864)}), ("adapters/4.pt", adapter | {"theta": torch.ones(5)}),
@@ -850,14 +898,14 @@ def test_damaged_and_swapped_files_of_a_run_are_named(cifar, tmp_path, monkeypat
                           ("hopfield.pt", {"keys": state["keys"]}), ("hopfield.pt", [1, 2]), ("config.json", b"[1]"), ("config.json", b"{")):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(content) if isinstance(content, bytes) else torch.save(content, folder / name)
-        code, out, err = command(til.main, monkeypatch, capsys, *words)
+        code, out, err = command(til.main, *words)
         assert code == 2 and name in err and err.count("\n") == 1, (name, err)
         (folder / name).write_bytes(whole)
     (folder / "adapters" / "4.pt").unlink()                              # trained again, to the same bits
-    assert command(til.main, monkeypatch, capsys, *words)[0] == 0
+    assert command(til.main, *words)[0] == 0
     assert torch.equal(data.load_tensors(folder / "adapters" / "4.pt")["theta"], adapter["theta"])
     (folder / "config.json").unlink()
-    code, out, err = command(til.main, monkeypatch, capsys, *words)
+    code, out, err = command(til.main, *words)
     assert code == 2 and "config.json is missing" in err
 
 
@@ -874,17 +922,17 @@ def test_a_loss_that_is_not_finite_is_named(tiny):
     (("--dataset", "mnist"), "mnist"), (("--memory", "brain"), "brain"), (("--backbone", "resnet"), "resnet"),
     (("--weights", "no/such.pt"), "no/such.pt"), (("--image-size", 17), "positive multiple of the patch"), (("--image-size", -8), "image size -8"),
     (("--rank", 0), "--rank"), (("--seeds", -1), "--seeds"), (("--seeds", 1, 1), "--seeds"), (("--epochs", 0), "--epochs"), (("--batch-size", -1), "--batch-size"), (("--nonsense",), "nonsense"),
-    (("--device", "tpu"), "--device"), (("--predict", "p.png"), "--task"), (("--task", 1), "--predict"),
-    (("--predict", "p.png", "--task", 1), "without --predict first")])
-def test_mistakes_on_the_command_line(cifar, tmp_path, monkeypatch, capsys, words, said):
-    code, out, err = command(til.main, monkeypatch, capsys, *CIFAR, "--data-dir", cifar, "--out", tmp_path, *words)
+    (("--device", "tpu"), "--device"), (("--predict", "none.png"), "none.png"), (("--task", 1), "--predict"),
+    (("--predict", HERE / "README.md"), "--task"), (("--predict", HERE / "README.md", "--task", 1), "without --predict first")])
+def test_mistakes_on_the_command_line(cifar, tmp_path, words, said):
+    code, out, err = command(til.main, *CIFAR, "--data-dir", cifar, "--out", tmp_path, *words)
     assert code == 2 and said in err and err.count("\n") == 1 and "Traceback" not in err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_cuda_without_a_gpu(monkeypatch, capsys):
+def test_cuda_without_a_gpu():
     for main, words in ((til.main, ()), (evaluate.main, ("bench",))):
-        code, out, err = command(main, monkeypatch, capsys, *words, "--device", "cuda")
+        code, out, err = command(main, *words, "--device", "cuda")
         assert code == 2 and "no CUDA GPU" in err
 
 
@@ -977,14 +1025,14 @@ def test_algorithm_4_recalls_each_task_once_and_never_touches_theta_0(tiny):
     assert torch.equal(theta_0, random_theta(tiny, 9)) and len(memory.items) == 4
 
 
-def test_mts_on_a_small_cifar100(cifar, tmp_path, monkeypatch, capsys):
+def test_mts_on_a_small_cifar100(cifar, tmp_path, monkeypatch):
     """On top of a finished til.py; then a predictor training that is cut after an epoch goes on to the same bits."""
     words = (*CIFAR, "--data-dir", cifar, "--out", tmp_path, "--epochs", 1)
-    assert command(til.main, monkeypatch, capsys, *words)[0] == 0
+    assert command(til.main, *words)[0] == 0
     folder = tmp_path / "cifar100-20s-vit_tiny-16px-r8-seed0"
     stored = (folder / "hopfield.pt").read_bytes()
     words += "--predictor-epochs", 3, "--predictor-batch-size", 32
-    code, out, err = command(mts.main, monkeypatch, capsys, *words)
+    code, out, err = command(mts.main, *words)
     assert code == 0 and "| Task Acc |" in out and "91.47 ± 0.21" in out and "task   1/20" not in out, err
     result = json.loads((folder / "mts-hopfield.json").read_text())
     assert result["faa_gt"] == result["faa"] == json.loads((folder / "til-hopfield.json").read_text())["faa_gt"]
@@ -1002,25 +1050,25 @@ def test_mts_on_a_small_cifar100(cifar, tmp_path, monkeypatch, capsys):
     save = data.save_tensors
     (folder / "predictor.pt").unlink()
     monkeypatch.setattr(data, "save_tensors", cut)
-    assert command(mts.main, monkeypatch, capsys, *words)[0] == 130
+    assert command(mts.main, *words)[0] == 130
     monkeypatch.setattr(data, "save_tensors", save)
-    code, out, err = command(mts.main, monkeypatch, capsys, *words)
+    code, out, err = command(mts.main, *words)
     assert code == 0 and "epoch  1/3" not in out and "epoch  2/3" in out
     assert torch.equal(data.load_tensors(folder / "predictor.pt")["theta"], whole["theta"])
-    code, out, err = command(mts.main, monkeypatch, capsys, *words[:-2])
+    code, out, err = command(mts.main, *words[:-2])
     assert code == 2 and "predictor.pt was trained with" in err and err.count("\n") == 1
     picture = tmp_path / "p.png"
     write_png(data.load("cifar100", cifar)[1].images[0], str(picture))
-    code, out, err = command(mts.main, monkeypatch, capsys, *words, "--predict", picture)
+    code, out, err = command(mts.main, *words, "--predict", picture)
     assert code == 0 and out.startswith("task ") and out.count("colour") == 5, err
     whole = data.load_tensors(folder / "predictor.pt")
     for content, said in ((whole | {"epoch": 1}, "missing or unfinished"), (whole | {"config": {}}, "other settings")):
         data.save_tensors(folder / "predictor.pt", content)
-        code, out, err = command(mts.main, monkeypatch, capsys, *words, "--predict", picture)
+        code, out, err = command(mts.main, *words, "--predict", picture)
         assert code == 2 and "predictor.pt" in err and said in err
     whole["theta"][5000] = torch.nan
     torch.save(whole | {"checksum": "0"}, folder / "predictor.pt")
-    code, out, err = command(mts.main, monkeypatch, capsys, *words)
+    code, out, err = command(mts.main, *words)
     assert code == 2 and "predictor.pt is damaged" in err
 
 
@@ -1042,13 +1090,13 @@ class Quick(BayesPCN):
         super().__init__(dim, hidden, steps=100, **options)
 
 
-def test_bench_measures_what_it_says(tmp_path, monkeypatch, capsys):
+def test_bench_measures_what_it_says(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "BayesPCN", Quick)
     words = ("bench", "--sizes", 480, "--counts", 5, 3, "--hidden", 8, "--out", tmp_path / "b.json")
-    code, out, err = command(evaluate.main, monkeypatch, capsys, *words)
+    code, out, err = command(evaluate.main, *words)
     content = json.loads((tmp_path / "b.json").read_text())
     assert code == 0 and "P = 480" in out and out.count(" x literal ") == 4, err
-    assert {"device", "threads", "seconds", "peak_memory_bytes", "versions", "rows"} == set(content)
+    assert {"device", "threads", "seconds", "peak_memory_bytes", "versions", "rows", "checksum"} == set(content)
     rows, P, T, n_key = {}, 480, 5, 48
     for row in content["rows"]:
         rows[row["memory"], row["T"]], errors = row, row["errors"]
@@ -1074,9 +1122,9 @@ def test_bench_measures_what_it_says(tmp_path, monkeypatch, capsys):
         assert error == pytest.approx(evaluate.recall_error(ours.read(thetas[i, :n_key]), thetas[i], n_key) ** 2, rel=0.01)
 
 
-def test_speed_measures_a_training(tmp_path, monkeypatch, capsys):
+def test_speed_measures_a_training(tmp_path, monkeypatch):
     monkeypatch.setitem(evaluate.STEPS, "cpu", [("vit_tiny", 16, 4, 6, True)])
-    code, out, err = command(evaluate.main, monkeypatch, capsys, "speed", "--device", "cpu", "--out", tmp_path / "s.json")
+    code, out, err = command(evaluate.main, "speed", "--device", "cpu", "--out", tmp_path / "s.json")
     (row,) = json.loads((tmp_path / "s.json").read_text())["rows"]
     assert code == 0 and "vit_tiny" in out and row["min"] <= row["images_per_second"] <= row["max"] and row["mfu"] is None, err
     assert row["P"] == 6 * 2 * 2 * 4 * 192 and row["evaluation"] > 0
@@ -1104,12 +1152,12 @@ def run_folder(folder, thetas):
     data.save_json(folder / "config.json", {"dataset": "made up", "splits": len(thetas), "rank": 8, "seed": 3})
 
 
-def test_probe_tells_exact_recall_from_the_mean(tmp_path, monkeypatch, capsys):
+def test_probe_tells_exact_recall_from_the_mean(tmp_path, monkeypatch):
     T, P, n_key = 6, 400, 40
     thetas = 0.5 * randn(T, P)                   # K^T k is about 10 on the diagonal and 1.6 beside it
     monkeypatch.setattr(evaluate, "BayesPCN", Quick)
     run_folder(tmp_path / "run", thetas)
-    code, out, err = command(evaluate.main, monkeypatch, capsys, "probe", tmp_path / "run", "--out", tmp_path / "out")
+    code, out, err = command(evaluate.main, "probe", tmp_path / "run", "--out", tmp_path / "out")
     assert code == 0 and "cue share 0.001" in out, err
     content = json.loads((tmp_path / "out" / "probe.json").read_text())
     rows = {(row["probe"], row["level"]): row for row in content["rows"]}
@@ -1134,29 +1182,351 @@ def test_probe_tells_exact_recall_from_the_mean(tmp_path, monkeypatch, capsys):
     (("bench", "--sizes", 9), "--sizes 9"), (("bench", "--counts", 3, 0), "--counts 0"), (("bench", "--hidden", -1), "--hidden -1"),
     (("bench", "--device", "tpu"), "--device"), (("probe", "no/such"), "no/such/config.json"), (("probe",), "run"), ((), "runs"),
     (("probe", "{empty}"), "does not hold config and all adapters")])
-def test_mistakes_in_evaluate(tmp_path, monkeypatch, capsys, words, said):
+def test_mistakes_in_evaluate(tmp_path, words, said):
     run_folder(tmp_path, [randn(40)])
     (tmp_path / "adapters" / "1.pt").unlink()
     words = [str(word).format(empty=tmp_path) for word in words]
-    code, out, err = command(evaluate.main, monkeypatch, capsys, *words)
+    code, out, err = command(evaluate.main, *words)
     assert code == 2 and said in err and err.count("\n") == 1 and "Traceback" not in err
 
 
-def test_a_result_that_is_broken_is_named(tmp_path, monkeypatch, capsys):
-    result = json.loads(next((HERE / "results").glob("glyphs*/til-hopfield.json")).read_text())
+def test_a_result_that_is_broken_is_named(tmp_path):
+    result = data.load_json(next((HERE / "results").glob("glyphs*/til-hopfield.json")))
     for broken in ({key: value for key, value in result.items() if key != "faa"}, result | {"controls": 3}, result | {"faa": "x"}):
-        (tmp_path / "til-hopfield.json").write_text(json.dumps(broken))
-        code, out, err = command(evaluate.main, monkeypatch, capsys, tmp_path)
+        data.save_json(tmp_path / "til-hopfield.json", broken)
+        code, out, err = command(evaluate.main, tmp_path)
         assert code == 2 and "til-hopfield.json is not a result" in err and err.count("\n") == 1
+    (tmp_path / "til-hopfield.json").write_text(json.dumps(result | {"faa": 99.9}))
+    code, out, err = command(evaluate.main, tmp_path)
+    assert code == 2 and "til-hopfield.json is damaged" in err           # whoever edits a figure does not write the checksum
     with pytest.raises(ValueError, match="two results of seed 0"):
         evaluate.report([result, result])
     assert evaluate.report([result, result | {"epochs": 9, "seed": 1}]).count("FAA_GT |") == 2       # not averaged
     assert "M = hopfield | paper | M = other | paper" in evaluate.report([result | {"memory": "other"}, result])
 
 
+README = (HERE / "README.md").read_text()
+
+
 def test_the_tables_of_the_readme_are_the_results():
-    readme, tables = (HERE / "README.md").read_text(), evaluate.report(evaluate.read_runs(sorted((HERE / "results").iterdir())))
-    assert tables.split("FAA  ")[0].strip() in readme
-    bench, probe = (json.loads((HERE / "results" / name).read_text())["rows"] for name in ("bench-cpu.json", "probe/probe.json"))
-    assert evaluate.bench_table([row for row in bench if row["P"] == 147_456]).strip() in readme
-    assert evaluate.probe_table(probe).strip() in readme
+    tables = evaluate.report(evaluate.read_runs(sorted((HERE / "results").iterdir())))
+    assert tables.split("FAA  ")[0].strip() in README
+    bench, gpu, probe, speed = (data.load_json(HERE / "results" / name)["rows"] for name in (
+        "bench-cpu.json", "bench-cuda.json", "probe/probe.json", "speed-cuda.json"))
+    bench, gpu = (evaluate.bench_table([row for row in rows if row["P"] == 147_456]) for rows in (bench, gpu))
+    for table in (bench, gpu.split("\n\n")[0], evaluate.probe_table(probe), evaluate.speed_table(speed)):
+        assert table.strip() in README
+
+
+class Understood(Exception):
+    """A script has read its command line and goes to work."""
+
+
+@pytest.mark.parametrize("line", [line for line in README.splitlines() if re.match(r" {4}(python|torchrun)", line) and "-m venv" not in line])
+def test_the_commands_of_the_readme_are_understood(line, tmp_path, monkeypatch):
+    def work(*_):
+        raise Understood
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "picture.png").touch()
+    for module, name in ((data, "load"), (evaluate, "read_runs"), (evaluate, "load_run"), (evaluate, "bench_memory"), (evaluate, "speed_row")):
+        monkeypatch.setattr(module, name, work)
+    script, *words = line.split("#")[0].replace("torchrun --nproc_per_node 2", "python").split()[1:]
+    with pytest.raises(Understood):
+        command({"til.py": til, "mts.py": mts, "evaluate.py": evaluate, "data.py": data, "vit.py": substrate}[script].main, *words)
+
+
+def test_what_the_readme_names_is_there():
+    for link in re.findall(r"\]\(([^)]+)\)", README):
+        assert (HERE / link).exists(), link
+    modules = {"til": til, "mts": mts, "lora": lora, "data": data, "evaluate": evaluate, "Hopfield": hopfield.Hopfield, "BayesPCN": BayesPCN}
+    names = re.findall(r"`(\w+)\.(\w+)`", README)
+    for module, name in names:
+        assert name in ("py", "json", "pt", "png") or hasattr(modules[module], name), (module, name)
+    assert len(names) > 30
+    for path in re.findall(r"`(results/[^`]+)`", README):
+        assert (HERE / path).exists(), path
+
+
+# ---- faults ------------------------------------------------------------------------------------------------------------------
+
+INVALID = {                                      # for each option: values that must be refused
+    "--dataset": ("mnist", ""), "--splits": (0, -1, 7, 101, 1.5, "x"), "--memory": ("ram", ""), "--bpcn-read": ("exact", "joint"),
+    "--backbone": ("resnet",), "--weights": ("none.pt", "."), "--image-size": (0, -8, 60, "x"), "--rank": (0, -1, 193, "x"),
+    "--epochs": (0, -3, "x"), "--batch-size": (0, -1, "x"), "--seeds": (-1, "x", ""), "--device": ("gpu", "cuda:x", "cuda:-1"),
+    "--predict": ("none.png", "."), "--task": (0, 21, 1, "x"), "--nonsense": (1,)}
+VALID = {"--splits": (10, 20), "--rank": (1, 8), "--epochs": (1, 3), "--batch-size": (1, 64), "--image-size": (8, 64), "--seeds": (0, 5)}
+
+
+def test_invalid_options_are_refused_before_any_work(monkeypatch):
+    """Command lines of random valid options and one invalid value: one line, exit code 2, no data set read, no folder made."""
+    def work(*_):
+        raise AssertionError("work was started")
+
+    monkeypatch.setattr(data, "load", work)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        bad = str(rng.choice([*INVALID]))
+        value = INVALID[bad][rng.integers(len(INVALID[bad]))]
+        words = [word for option in rng.permutation([*VALID])[:3] if option != bad for word in (option, rng.choice(VALID[option]))]
+        code, out, err = command(til.main, "--device", "cpu", *words, bad, value)
+        assert code == 2 and out == "" and err.count("\n") == 1, (words, bad, value, err)
+
+
+def test_a_second_process_on_a_run_folder_is_refused(cifar, tmp_path):
+    words = (*CIFAR, "--data-dir", cifar, "--epochs", 1, "--out", tmp_path)
+    folder = tmp_path / "cifar100-20s-vit_tiny-16px-r8-seed0"
+    with data.lock(folder):
+        code, out, err = command(til.main, *words)
+        assert code == 2 and "another process is at work" in err and err.count("\n") == 1
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    (folder / ".3.pt.123.part").write_bytes(b"half of it")
+    with data.lock(folder):
+        assert not (folder / ".3.pt.123.part").exists()
+
+
+def limited(limit, value):
+    """For subprocess: applies a resource limit in the child."""
+    return lambda: resource.setrlimit(limit, (value, value))
+
+
+def test_a_full_disk_keeps_what_was_finished(cifar, tmp_path):
+    """A limit on the size of a file: the adapters (38 kB) can be written, the memory cannot."""
+    words = [*map(str, (sys.executable, HERE / "til.py", *CIFAR, "--rank", 2, "--data-dir", cifar, "--epochs", 1, "--out", tmp_path))]
+    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limited(resource.RLIMIT_FSIZE, 200_000))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr and "hopfield.pt" in done.stderr
+    folder = tmp_path / "cifar100-20s-vit_tiny-16px-r2-seed0"
+    assert len([*folder.glob("adapters/*.pt")]) == 20 and not [*folder.rglob("*.part")] and not (folder / "hopfield.pt").exists()
+    code, out, err = command(til.main, *words[2:])
+    assert code == 0 and "task " not in out
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_a_run(tiny_imagenet, monkeypatch, capsys):
+    decode = data.decode_tiny_imagenet
+    monkeypatch.setattr(data, "decode_tiny_imagenet", lambda folder: decode(folder, 3, 4, 2))
+    (tiny_imagenet.parent / ".tiny-imagenet-200.pt.0.part").mkdir()
+    monkeypatch.setattr(os, "getpid", lambda: 0)         # so that the scratch file cannot be opened
+    train, test = data.tiny_imagenet(tiny_imagenet.parent)
+    assert len(train.labels) == 12 and "cannot write" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_said_in_one_line():
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    code, out, err = command(main)
+    assert code == 2 and "--batch-size" in err and "2.00 GiB" in err and err.count("\n") == 1
+
+
+def png(width, height, rows):
+    """A grey PNG file that claims to have this size, with these raw bytes."""
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_a_picture_that_claims_to_be_huge_is_refused(tmp_path):
+    (tmp_path / "p.png").write_bytes(png(50_000, 50_000, bytes(1000)))
+    with pytest.raises(ValueError, match="p.png cannot be read.*2500000000 pixels"):
+        data.read_picture(tmp_path / "p.png")
+    (tmp_path / "p.png").write_bytes(png(4, 2, bytes(10)))
+    assert data.read_picture(tmp_path / "p.png").shape == (3, 2, 4)
+
+
+def test_U_stays_symmetric_positive_definite_over_a_thousand_writes():
+    memory = BayesPCN(40, 24)
+    memory.condition(activations(1000, 40, 24, 4))
+    for U in memory.U:
+        assert torch.allclose(U, U.T, atol=1e-12) and torch.linalg.eigvalsh(U).min() > 0
+
+
+def mutate(path, others, rng):
+    """Damages a file in one of six ways; returns which."""
+    content, kind = bytearray(path.read_bytes()), str(rng.choice(["cut", "flip", "flips", "zeros", "random", "swap"]))
+    place = int(rng.integers(len(content)))
+    if kind == "cut":
+        content = content[:place]
+    elif kind in ("flip", "flips"):
+        for i in rng.integers(len(content), size=1 if kind == "flip" else 20):
+            content[i] ^= 1 << rng.integers(8)
+    elif kind == "swap":
+        content = others[rng.integers(len(others))].read_bytes()
+    else:
+        n = min(64, len(content) - place)
+        content[place:place + n] = bytes(n) if kind == "zeros" else rng.bytes(n)
+    path.write_bytes(content)
+    return kind
+
+
+ODD = (None, "text", 3, -1.5, [], {}, torch.zeros(3), torch.full((7,), torch.nan), torch.zeros(2, 2, dtype=torch.int64))
+
+
+def retype(path, rng):
+    """Puts a value of another type somewhere into a file of tensors and writes it with a right checksum; returns where."""
+    content = data.load_tensors(path)
+    inner, name = content, str(rng.choice([*content]))
+    while isinstance(inner[name], dict) and inner[name] and rng.random() < 0.7:
+        inner = inner[name]
+        name = [*inner][rng.integers(len(inner))]
+    inner[name] = ODD[rng.integers(len(ODD))]
+    data.save_tensors(path, content)
+    return f"retyped {name}"
+
+
+class Faults:
+    """A small finished run of both settings on a small CIFAR-100, whose files can be damaged one at a time."""
+
+    def __init__(self, folder):
+        self.folder, self.data_dir = folder, small_cifar(folder)
+        self.weights = folder / "weights.pt"
+        shutil.copy(HERE / "weights" / "vit_tiny.pt", self.weights)
+        self.picture = folder / "picture.png"
+        write_png(data.load("cifar100", self.data_dir)[1].images[0], str(self.picture))
+        self.words = (*CIFAR, "--rank", 2, "--data-dir", self.data_dir, "--epochs", 1, "--weights", self.weights, "--out", folder / "runs",
+                      "--predictor-epochs", 1, "--predictor-batch-size", 32)
+        for memory in ("hopfield", "bayespcn"):
+            assert command(mts.main, *self.words, "--memory", memory)[0] == 0
+        self.run = folder / "runs" / "cifar100-20s-vit_tiny-16px-r2-seed0"
+        self.files = [*self.run.glob("*.pt"), *self.run.glob("*.json"), *self.run.glob("adapters/1*.pt"), self.weights, self.picture,
+                      *(self.data_dir / "cifar-100-python").iterdir()]
+
+    def answers(self, memory):
+        """What the commands that read the files say: (exit code, standard output, standard error) of each."""
+        return [command(mts.main, *self.words, "--memory", memory, "--predict", self.picture), command(evaluate.main, self.run)]
+
+    def damage(self, rng):
+        """Damages one file and puts it back: (file and kind of damage, 'right', 'refused' or what went wrong)."""
+        path, memory = self.files[rng.integers(len(self.files))], str(rng.choice(["hopfield", "bayespcn"]))
+        expected, content = self.answers(memory) if not hasattr(self, memory) else getattr(self, memory), path.read_bytes()
+        setattr(self, memory, expected)
+        kind = retype(path, rng) if path.suffix == ".pt" and path != self.weights and rng.random() < 0.4 else mutate(path, self.files, rng)
+        try:
+            outcome = "right"
+            for (code, out, err), (_, right, _) in zip(self.answers(memory), expected):
+                if code == 2 and err.count("\n") == 1 and out == "":
+                    outcome = "refused"
+                elif code != 0 or out != right and path != self.picture:     # of a picture nobody knows what it was
+                    return f"{path.name} {kind}", f"code {code}: {out} {err}"
+            return f"{path.name} {kind}", outcome
+        except Exception as error:
+            return f"{path.name} {kind}", f"{type(error).__name__}: {error}"
+        finally:
+            path.write_bytes(content)
+
+
+def test_damaged_files_are_refused_or_do_no_harm(tmp_path):
+    """The quick part of `python test_modmem.py`."""
+    faults, rng = Faults(tmp_path), np.random.default_rng(1)
+    for _ in range(25):
+        where, outcome = faults.damage(rng)
+        assert outcome in ("right", "refused"), (where, outcome)
+
+
+# ---- python test_modmem.py: the long part --------------------------------------------------------------------------------------
+
+def run_script(words, out, threads=1):
+    """Runs a script in a process of its own and checks that it succeeds."""
+    done = subprocess.run([*map(str, words), "--out", str(out)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    assert done.returncode == 0, done.stderr
+
+
+def outcome_of(out):
+    """What a run came to: the figures of its JSON file, and theta_0 .. theta_T."""
+    (run,) = out.iterdir()
+    files = [run / "predictor.pt", *(run / "adapters" / f"{t}.pt" for t in range(1, 21))]
+    return json.loads((run / "mts-hopfield.json").read_text())["per_task"], torch.stack([data.load_tensors(file)["theta"] for file in files])
+
+
+def kills(words, folder, n, rng):
+    """SIGKILL at n random moments of mts.py; then the same command. Returns what a killed run had finished, as counts."""
+    start = time.perf_counter()
+    run_script(words, folder / "whole")
+    seconds, (figures, thetas) = time.perf_counter() - start, outcome_of(folder / "whole")
+    rows = []
+    for i in data.progress(range(n), n, "killing"):
+        out = folder / f"killed{i}"
+        process = subprocess.Popen([*map(str, words), "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        time.sleep(rng.uniform(0.3, 1) * seconds)
+        process.kill()
+        process.wait()
+        finished = {path: path.stat().st_mtime_ns for path in out.rglob("adapters/*.pt")}
+        rows.append(len(finished))
+        run_script(words, out)
+        again, same = outcome_of(out)
+        assert again == figures and torch.equal(same, thetas), f"kill {i}: another outcome"
+        assert all(path.stat().st_mtime_ns == before for path, before in finished.items()), f"kill {i}: a finished task was trained again"
+        assert not [*out.rglob("*.part")], f"kill {i}: a file was left half written"
+    return {"kills": n, "seconds_of_a_run": seconds, "adapters_finished_when_killed": rows}
+
+
+def cache_kills(folder, n, rng):
+    """SIGKILL while a large file is written again and again: it is always whole."""
+    code = f"import data, pathlib, torch\nwhile True: data.save_tensors(pathlib.Path({str(folder / 'cache.pt')!r}), {{'x': torch.rand(5_000_000)}})"
+    for _ in data.progress(range(n), n, "killing"):
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=HERE)
+        while not (folder / "cache.pt").exists():
+            time.sleep(0.1)
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        process.wait()
+        data.load_tensors(folder / "cache.pt").clear()
+        (folder / "cache.pt").unlink()
+    return n
+
+
+def memory_growth():
+    """Resident memory in bytes after 50 and after 200 tasks."""
+    vit, resident = substrate.load("vit_tiny", image_size=16), {}
+    lora.add(vit, 2)
+    classifier, images = til.Classifier(vit, 2), torch.randint(256, (120, 3, 32, 32), dtype=torch.uint8)
+    for t in range(1, 201):
+        til.train_adapter(classifier, images, torch.arange(120) % 2, 1, 6, data.generator(0, t))
+        if t in (50, 200):
+            resident[t] = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[1])
+    return resident
+
+
+def smallest_eigenvalue(writes=1000):
+    """The smallest eigenvalue of any U after that many writes, as many as four times what the memory can hold."""
+    memory = BayesPCN(1000)
+    memory.condition(activations(writes, 1000, 256, 4))
+    return min(torch.linalg.eigvalsh(U).min().item() for U in memory.U)
+
+
+def main():
+    """Kills, damages and repeats small runs for a quarter of an hour; writes results/faults.json."""
+    parser = data.Parser("python test_modmem.py", main.__doc__)
+    parser.add_argument("--kills", type=int, default=40, help="default: 40")
+    parser.add_argument("--mutations", type=int, default=600, help="default: 600")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "faults.json", help="default: results/faults.json")
+    args, start, rng = parser.parse_args(), time.perf_counter(), np.random.default_rng(0)
+    content = {"versions": evaluate.VERSIONS, "threads": torch.get_num_threads(), "resident_bytes": memory_growth(), "smallest_eigenvalue_of_U": smallest_eigenvalue()}
+    with tempfile.TemporaryDirectory() as folder:
+        folder, outcomes, kinds = Path(folder), [], {}
+        faults = Faults(folder)
+        for _ in data.progress(range(args.mutations), args.mutations, "damaging"):
+            where, outcome = faults.damage(rng)
+            name, kind = where.split()[0], where.split()[1]
+            outcomes.append(outcome)
+            kinds.setdefault(f"{name} {kind}", []).append(outcome)
+            if outcome not in ("right", "refused"):
+                print(where, outcome, flush=True)
+        wrong = [f"{where}: {outcome}" for where, found in kinds.items() for outcome in found if outcome not in ("right", "refused")]
+        content |= {"mutations": args.mutations, "refused": outcomes.count("refused"), "right": outcomes.count("right"), "wrong": wrong}
+        words = (sys.executable, HERE / "mts.py", *CIFAR, "--data-dir", faults.data_dir, "--epochs", 1, "--predictor-epochs", 2,
+                 "--predictor-batch-size", 32)
+        content |= kills(words, folder, args.kills, rng) | {"kills_while_a_file_is_written": cache_kills(folder, args.kills, rng)}
+        run_script(words, folder / "again")
+        run_script(words, folder / "two", threads=2)
+        (one, ones), (again, agains), (two, twos) = (outcome_of(folder / name) for name in ("whole", "again", "two"))
+        content |= {"same_again": one == again and torch.equal(ones, agains),
+                    "two_threads_differ_by": ((twos - ones).norm() / ones.norm()).item()}
+    content["seconds"] = time.perf_counter() - start
+    data.save_json(args.out, content)
+    print(f"{args.out}: {content['refused']} damaged files refused, {content['right']} without effect, {len(wrong)} wrong; {args.kills} kills survived")
+
+
+if __name__ == "__main__":
+    data.run_command(main)

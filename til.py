@@ -86,12 +86,10 @@ class Disk:
         return sum(theta.nbytes for theta in self.items.values())
 
 
-MEMORIES = ("hopfield", "bayespcn", "disk")
-
-
-def new_memory(name, dim, bpcn_read="marginal", device="cpu"):
-    """An empty memory for vectors theta of `dim` elements."""
-    return Hopfield() if name == "hopfield" else BayesPCN(dim, read=bpcn_read, device=device) if name == "bayespcn" else Disk()
+MEMORIES = {                                     # name for --memory: an empty one for vectors theta of dim elements
+    "hopfield": lambda dim, args: Hopfield(),
+    "bayespcn": lambda dim, args: BayesPCN(dim, read=args.bpcn_read, device=args.device),
+    "disk": lambda dim, args: Disk()}
 
 
 # ---- training one task -----------------------------------------------------------------------------------------------------
@@ -173,9 +171,9 @@ def average(gradients):
 class Classifier:
     """C(x; W, theta): a ViT with LoRA and a linear head on its class token, and the Trainer of both."""
 
-    def __init__(self, vit, n_classes, views=data.flips, **options):
+    def __init__(self, vit, n_classes, views=data.flips, plain=False, shared=False):
         self.vit, self.head = vit, nn.Linear(vit.config.width, n_classes, device=vit.cls_token.device)
-        self.trainer = Trainer([*lora.parameters(vit), *self.head.parameters()], self.logits, views, **options)
+        self.trainer = Trainer([*lora.parameters(vit), *self.head.parameters()], self.logits, views, plain, shared)
 
     def logits(self, images, *view):
         """Logits (B, n_classes) for uint8 images (B, 3, h, w)."""
@@ -211,7 +209,10 @@ def train_adapter(classifier, images, labels, epochs, batch_size, generator, ini
     classifier.init(init or generator)
     for loss, accuracy in classifier.trainer.fit(images.to(device), labels.to(device), epochs, batch_size, generator):
         pass
-    return {"theta": lora.get(classifier.vit).cpu(), "head": on_cpu(classifier.head), "loss": loss, "accuracy": accuracy,
+    theta = lora.get(classifier.vit).cpu()
+    if not theta.isfinite().all():
+        raise FloatingPointError("theta is not finite after the last step")
+    return {"theta": theta, "head": on_cpu(classifier.head), "loss": loss, "accuracy": accuracy,
             "images": epochs * len(labels), "seconds": time.perf_counter() - start, "device": device_name(device)}
 
 
@@ -267,10 +268,11 @@ class Run:
             "dataset": args.dataset, "validate": args.validate, "splits": args.splits, "backbone": args.backbone,
             "rank": args.rank, "shared_init": args.shared_init, "seed": seed, "image_size": self.vit.image_size, "epochs": args.epochs,
             "batch_size": args.batch_size, "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY, "weights": weights,
-            "train_images": len(train.labels), "train_data": data.checksum(train.labels, train.images[::97]),
-            "test_images": len(test.labels), "test_data": data.checksum(test.labels, test.images[::97])}
+            "train_images": len(train.labels), "train_data": data.checksum(*train),
+            "test_images": len(test.labels), "test_data": data.checksum(*test)}
         if args.predict and not (self.folder / f"{args.memory}.pt").exists():
             raise FileNotFoundError(f"no finished run in {self.folder}: run the same command without --predict first")
+        self.lock = None if args.predict or RANK > 0 else data.lock(self.folder)
         data.open_run(self.folder, self.config)
 
     def adapter(self, t):
@@ -280,7 +282,7 @@ class Run:
         try:
             lora.set(self.vit, adapter["theta"])
             head.load_state_dict(adapter["head"])
-            if adapter["t"] != t:
+            if adapter["t"] != t or [type(adapter[name]) for name in ("images", "seconds", "device")] != [int, float, str]:
                 raise ValueError
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
             raise ValueError(f"{path} does not hold the adapter of task {t}: remove it to train it again") from None
@@ -293,7 +295,7 @@ class Run:
     def load(self, path):
         """What `save` kept. Raises ValueError if the file is damaged or of another run."""
         content = data.load_tensors(path)
-        if content.get("config") != self.config:
+        if data.checksum(content.get("config")) != data.checksum(self.config):
             raise ValueError(f"{path} comes from a run with other settings: remove it and run the command again")
         return content
 
@@ -321,7 +323,7 @@ class Run:
         Processes of torchrun first train every WORLD-th task each; then the first of them finds all in the folder and writes.
         """
         path = self.folder / f"{self.args.memory}.pt"
-        memory = new_memory(self.args.memory, len(lora.get(self.vit)), self.args.bpcn_read, self.args.device)
+        memory = MEMORIES[self.args.memory](len(lora.get(self.vit)), self.args)
         if path.exists() or WORLD > 1:                                       # an adapter that was removed is trained again
             for t in range(1 + RANK, 1 + len(self.tasks), WORLD):
                 if not (self.folder / "adapters" / f"{t}.pt").exists():
@@ -334,9 +336,9 @@ class Run:
         state = self.load(path)
         try:
             memory.load_state_dict(state["memory"])
-            if len(state["keys"]) != len(self.tasks):
+            if [key.ndim for key in state["keys"]] != [1] * len(self.tasks):
                 raise ValueError
-        except (KeyError, TypeError, AttributeError, ValueError):
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError):
             raise ValueError(f"{path} does not hold a {self.args.memory} memory of this run: remove it to write it again") from None
         for t, key in enumerate(state["keys"], 1):
             if not torch.equal(lora.split_key(self.adapter(t)["theta"])[0], key):
@@ -436,8 +438,6 @@ def device_name(device):
 def predict(run):
     """Algorithm 2 on a picture file: prints the classes of the task by name with their probabilities."""
     t = run.args.task
-    if not 1 <= t <= len(run.tasks):
-        raise ValueError(f"there is no task {t}: --task takes 1 to {len(run.tasks)}")
     image = data.square(data.read_picture(run.args.predict))[None]
     memory, keys = run.memory()
     print_classes(run, t, til_inference(run.vit, run.adapter(t)["head"], image, keys[t - 1], memory))
@@ -456,24 +456,28 @@ def print_classes(run, t, logits):
 
 def parse(parser):
     """Adds the options that TIL and MTS share and returns the checked arguments."""
-    parser.add_argument("--dataset", choices=data.LOADERS, default="glyphs", help="default: glyphs, drawn on the spot")
-    parser.add_argument("--splits", type=int, default=20, help="number of tasks T (default: 20)")
-    parser.add_argument("--memory", choices=MEMORIES, default="hopfield", help="default: hopfield")
-    parser.add_argument("--bpcn-read", choices=("marginal", "joint"), default="marginal", help="how BayesPCN reads (default: marginal)")
-    parser.add_argument("--backbone", choices=substrate.CONFIGS, help="default: vit_tiny for glyphs, else dinov2_vits14")
-    parser.add_argument("--weights", type=Path, help="weights file of the backbone (default: shipped or downloaded)")
-    parser.add_argument("--image-size", type=int, help="side of the network's input in pixels")
-    parser.add_argument("--rank", type=int, default=8, help="rank r of LoRA (default: 8)")
-    parser.add_argument("--epochs", type=int, default=3, help="epochs a task (default: 3)")
-    parser.add_argument("--batch-size", type=int, help="default: 6 for glyphs, else 64")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each (default: 0)")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders (default: runs)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
-    parser.add_argument("--shared-init", action="store_true", help="all tasks start from the same random theta (default: each from its own)")
-    parser.add_argument("--plain", action="store_true", help="on a GPU: float32 and no CUDA graph; slower, but can be debugged")
-    parser.add_argument("--validate", action="store_true", help="test on a tenth of the training images, held out: for choosing options")
-    parser.add_argument("--predict", type=Path, metavar="PICTURE", help="classify this picture with a finished run")
+    group = parser.add_argument_group("the experiment")
+    group.add_argument("--dataset", choices=data.LOADERS, default="glyphs", help="default: glyphs, drawn on the spot")
+    group.add_argument("--splits", type=int, default=20, help="number of tasks T (default: 20)")
+    group.add_argument("--memory", choices=MEMORIES, default="hopfield", help="default: hopfield")
+    group.add_argument("--bpcn-read", choices=("marginal", "joint"), default="marginal", help="how BayesPCN reads (default: marginal)")
+    group.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each (default: 0)")
+    group.add_argument("--validate", action="store_true", help="test on a tenth of the training images, held out: for choosing options")
+    group = parser.add_argument_group("the network and its training")
+    group.add_argument("--backbone", choices=substrate.CONFIGS, help="default: vit_tiny for glyphs, else dinov2_vits14")
+    group.add_argument("--weights", type=Path, help="weights file of the backbone (default: shipped or downloaded)")
+    group.add_argument("--image-size", type=int, help="side of the network's input in pixels (default: the backbone's)")
+    group.add_argument("--rank", type=int, default=8, help="rank r of LoRA (default: 8)")
+    group.add_argument("--epochs", type=int, default=3, help="epochs a task (default: 3)")
+    group.add_argument("--batch-size", type=int, help="default: 6 for glyphs, else 64")
+    group.add_argument("--shared-init", action="store_true", help="all tasks start from the same random theta (default: each from its own)")
+    group = parser.add_argument_group("files and machine")
+    group.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
+    group.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders (default: runs)")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
+    group.add_argument("--plain", action="store_true", help="on a GPU: float32 and no CUDA graph; slower, but can be debugged")
+    group = parser.add_argument_group("a picture of one's own")
+    group.add_argument("--predict", type=Path, metavar="PICTURE", help="classify this picture with a finished run")
     args = parser.parse_args()
     small = args.dataset == "glyphs"
     args.backbone = args.backbone or ("vit_tiny" if small else "dinov2_vits14")
@@ -481,6 +485,17 @@ def parse(parser):
     for option in ("splits", "rank", "epochs", "batch_size", "predictor_epochs", "predictor_batch_size"):
         if getattr(args, option, None) is not None and getattr(args, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}: it must be at least 1")
+    if args.dataset in data.N_CLASSES:
+        data.split(data.N_CLASSES[args.dataset], args.splits, 0)             # raises if they cannot be shared out
+    config = substrate.CONFIGS[args.backbone]
+    substrate.grid(config, config.image_size if args.image_size is None else args.image_size)
+    if args.rank > config.width:
+        raise ValueError(f"--rank {args.rank} is more than the width of {args.backbone}, {config.width}")
+    if args.bpcn_read != "marginal" and args.memory != "bayespcn":
+        raise ValueError(f"--bpcn-read {args.bpcn_read} is for --memory bayespcn, not {args.memory}")
+    for option, path in (("weights", args.weights), ("predict", args.predict)):
+        if path and not path.is_file():
+            raise FileNotFoundError(f"--{option} {path}: there is no such file")
     if args.predict and len(args.seeds) > 1:
         raise ValueError(f"--predict takes one run, --seeds names {len(args.seeds)}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
@@ -540,12 +555,13 @@ def gather(lists):
 
 def main():
     """Trains, stores, recalls and evaluates, one run per seed; or classifies one picture."""
-    parser = data.Parser(description="Task-incremental learning (Algorithms 1 and 2).",
-                         epilog="example: python til.py --dataset cifar100 --splits 20 --memory hopfield")
+    parser = data.Parser("python til.py --dataset cifar100 --splits 20 --memory hopfield", "Task-incremental learning (Algorithms 1 and 2).")
     parser.add_argument("--task", type=int, help="the task (1 to T) of the picture")
     args = parse(parser)
     if (args.predict is None) != (args.task is None):
         raise ValueError("--predict PICTURE and --task T go together")
+    if args.task is not None and not 1 <= args.task <= args.splits:
+        raise ValueError(f"there is no task {args.task}: --task takes 1 to {args.splits}")
     launch(args, results, predict)
 
 

@@ -10,6 +10,7 @@ import math
 import re
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 from urllib.error import URLError
@@ -100,9 +101,7 @@ class ViT(nn.Module):
     def __init__(self, config, image_size=None):
         super().__init__()
         self.config, self.image_size = config, config.image_size if image_size is None else image_size
-        if self.image_size < 1 or self.image_size % config.patch:
-            raise ValueError(f"image size {self.image_size} is not a positive multiple of the patch size {config.patch}")
-        n_patches = (self.image_size // config.patch) ** 2
+        n_patches = grid(config, self.image_size) ** 2
         self.patch_embed = nn.Conv2d(3, config.width, config.patch, stride=config.patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + n_patches, config.width))
@@ -120,6 +119,13 @@ class ViT(nn.Module):
         return self.norm(x[:, 0])                                            # (B, D)
 
 
+def grid(config, image_size):
+    """Patches along a side of an image. Raises ValueError if they are not a whole number."""
+    if image_size < 1 or image_size % config.patch:
+        raise ValueError(f"image size {image_size} is not a positive multiple of the patch size {config.patch}")
+    return image_size // config.patch
+
+
 def load(name, weights=None, image_size=None):
     """The substrate `name` (a key of CONFIGS) with pretrained weights: frozen, float32, in eval mode.
 
@@ -133,11 +139,13 @@ def load(name, weights=None, image_size=None):
     state, source = read_weights(name, weights)
     state = rename(state, vit.config.rename)
     if "pos_embed" in state:
-        state["pos_embed"] = resize_positions(state["pos_embed"], vit.image_size // vit.config.patch)
+        state["pos_embed"] = resize_positions(state["pos_embed"], grid(vit.config, vit.image_size))
     try:
         vit.load_state_dict(state)
     except RuntimeError as error:                # names the missing and unexpected keys and the wrong shapes
         raise ValueError(f"{source} does not fit {name}: {textwrap.shorten(str(error), 600)}") from None
+    if not all(weight.isfinite().all() for weight in vit.parameters()):
+        raise ValueError(f"{source} holds NaN or infinite weights: fetch it again")
     return vit.requires_grad_(False).eval()
 
 
@@ -151,6 +159,8 @@ def read_weights(name, weights):
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise ValueError
+        if path and zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():    # torch.load looks at no checksum
             raise ValueError
         return state, path or url
     except URLError as error:
@@ -186,7 +196,9 @@ def resize_positions(pos_embed, n):
 
     DINOv2's way, which its checkpoint expects: bicubic without antialiasing, scale factor (n + 0.1) / n0.
     """
-    n0 = round(max(pos_embed[0, 1:, 0].numel(), 1) ** 0.5)
+    if pos_embed.ndim != 3:
+        return pos_embed
+    n0 = round(max(pos_embed.shape[1] - 1, 1) ** 0.5)
     if n == n0 or pos_embed.shape[1] != 1 + n0 ** 2:
         return pos_embed
     grid = pos_embed[:, 1:].float().unflatten(1, (n0, n0)).permute(0, 3, 1, 2)                  # (1, D, n0, n0)
@@ -294,11 +306,11 @@ def top1(vit, head, test, device):
 def main():
     """Pretrains vit_tiny on TinyImageNet; writes the weights in float16 and results/vit_tiny.json."""
     import data                                  # for this command alone: the model above needs nothing of ours
-    parser = data.Parser(description="Pretrain vit_tiny on TinyImageNet.", epilog="example: python vit.py --data-dir data --out new.pt")
+    parser = data.Parser("python vit.py --data-dir data --out new.pt", "Pretrain vit_tiny on TinyImageNet.")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds tiny-imagenet-200")
-    parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=0.001, help="peak learning rate of AdamW")
+    parser.add_argument("--epochs", type=int, default=300, help="default: 300")
+    parser.add_argument("--batch-size", type=int, default=256, help="default: 256")
+    parser.add_argument("--lr", type=float, default=0.001, help="peak learning rate of AdamW (default: 0.001)")
     parser.add_argument("--out", type=Path, default=Path("weights/vit_tiny.pt"), help="a file that does not exist yet")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
