@@ -71,16 +71,18 @@ def cifar100(data_dir):
     folder = data_dir / CIFAR100.base_folder
     if not folder.is_dir():
         fetch(CIFAR100.url, CIFAR100.tgz_md5, folder)
-    classes = read_arrays(folder / "meta")["fine_label_names"]
+    (classes,) = read_arrays(folder / "meta", "fine_label_names")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{folder / 'meta'} holds no list of class names: fetch the data set again")
     return tuple(cifar100_half(folder / half, classes) for half in ("train", "test"))
 
 
 def cifar100_half(path, classes):
     """Images of the file `train` or `test`; raises ValueError if it does not hold what it should."""
-    content = read_arrays(path)
-    pixels, labels = np.asarray(content["data"]), np.asarray(content["fine_labels"])
-    if pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3 * 32 * 32):
-        raise ValueError(f"{path}: expected uint8 pixels ({len(labels)}, 3072), found {pixels.dtype} {pixels.shape}")
+    pixels, labels = map(np.asarray, read_arrays(path, "data", "fine_labels"))
+    if labels.ndim != 1 or labels.dtype.kind != "i" or pixels.dtype != np.uint8 or pixels.shape != (len(labels), 3 * 32 * 32):
+        raise ValueError(f"{path}: expected uint8 pixels (n, 3072) and whole labels (n,), found {pixels.dtype} {pixels.shape} and "
+                         f"{labels.dtype} {labels.shape}: fetch the data set again")
     if labels.min(initial=0) < 0 or labels.max(initial=0) >= len(classes):
         raise ValueError(f"{path}: labels reach from {labels.min()} to {labels.max()}, classes are 0 to {len(classes) - 1}")
     return Images(torch.from_numpy(pixels.reshape(-1, 3, 32, 32).copy()), torch.from_numpy(labels.astype(np.int64)), classes)
@@ -97,11 +99,12 @@ class ArrayUnpickler(pickle.Unpickler):
         return self.ADMITTED[name]
 
 
-def read_arrays(path):
-    """The dictionary in one of CIFAR-100's files."""
+def read_arrays(path, *names):
+    """What goes by these names in the dictionary in one of CIFAR-100's files."""
     try:
         with open(path, "rb") as file:
-            return ArrayUnpickler(file, encoding="latin1").load()
+            content = ArrayUnpickler(file, encoding="latin1").load()
+            return [content[name] for name in names]
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: remove {path.parent} to fetch the data set again") from None
     except OSError:
