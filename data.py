@@ -45,12 +45,16 @@ def load(name, data_dir):
     """
     if name not in LOADERS:
         raise ValueError(f"unknown dataset '{name}': choose one of {', '.join(LOADERS)}")
-    halves = LOADERS[name](Path(data_dir))
-    for half, content in zip(("train", "test"), halves):
+    return check_classes(*LOADERS[name](Path(data_dir)))
+
+
+def check_classes(train, test):
+    """(train, test); raises ValueError if a class has no image in one of them."""
+    for half, content in (("train", train), ("test", test)):
         counts = content.labels.bincount(minlength=len(content.classes))
         if counts.min() == 0:
-            raise ValueError(f"{name} in {data_dir}: no {half} image of class '{content.classes[counts.argmin()]}'")
-    return halves
+            raise ValueError(f"class '{content.classes[counts.argmin()]}' has no {half} image: add some, or remove the class")
+    return train, test
 
 
 def fetch(url, md5, folder):
@@ -292,7 +296,7 @@ def task_ids(labels, tasks):
 def hold_out(train):
     """Two halves from `train`: nine tenths of every class to train with, and every tenth image for testing."""
     held = every_nth(train.labels, 10)
-    return tuple(Images(train.images[part], train.labels[part], train.classes) for part in (~held, held))
+    return check_classes(*(Images(train.images[part], train.labels[part], train.classes) for part in (~held, held)))
 
 
 def every_nth(labels, n):
@@ -339,16 +343,24 @@ def prepare(images, vit, flip=None, crop=None):
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1).to(vit.cls_token.dtype)
 
 
+FORMATS = b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM"                    # how their files begin
 UPRIGHT = {2: [-1], 3: [-1, -2], 4: [-2], 6: [-1], 7: [-1, -2], 8: [-2]}       # EXIF orientation: sides to mirror
 
 
 def read_picture(path):
-    """A picture file of any size and mode as uint8 (3, h, w): upright, RGB, the first frame of several."""
+    """A JPEG, PNG, GIF, WebP or BMP file as uint8 (3, h, w): upright, RGB, the first frame of several. Raises ValueError."""
     try:
+        with open(path, "rb") as file:
+            head = file.read(32)
+        if not head.startswith(FORMATS):
+            raise ValueError("it is no JPEG, PNG, GIF, WebP or BMP file")
+        if head.startswith(b"\x89PNG") and head[24] == 16:                   # would be clipped to 8 bits, not scaled
+            raise ValueError("it has 16 bits a channel")
         picture = pil_loader(str(path))          # refuses pictures so large that they would exhaust the memory
         orientation, pixels = picture.getexif().get(0x0112, 1), v2.functional.pil_to_tensor(picture)
     except Exception as error:                   # broken bytes make a decoder raise almost anything
-        raise ValueError(f"{path} cannot be read as a picture: {str(error) or type(error).__name__}") from None
+        raise ValueError(f"{path} cannot be read as a picture ({str(error) or type(error).__name__}): remove it, or convert it to "
+                         "JPEG or PNG with 8 bits a channel") from None
     return (pixels.mT if orientation in (5, 6, 7, 8) else pixels).flip(UPRIGHT.get(orientation, []))
 
 
@@ -496,7 +508,7 @@ def run_command(main):
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "alloc" not in str(error):    # by this word PyTorch's lack of memory is known
             raise
-        stop(f"error: out of memory ({error}): choose a smaller --batch-size, --image-size or --rank; what was finished is kept", 2)
+        stop(f"error: out of memory ({error}): choose a smaller --batch-size, --image-size, --rank or --sizes; what was finished is kept", 2)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         stop("stopped; finished tasks and epochs are kept, the same command goes on from there", 130)
@@ -509,8 +521,11 @@ def main():
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
     parser.add_argument("--out", type=Path, help="PNG file (default: <dataset>.png)")
     args = parser.parse_args()
+    if args.out and args.out.suffix != ".png":
+        raise ValueError(f"--out {args.out}: the sheet is a PNG file, its name must end in .png")
     train, _ = load(args.dataset, args.data_dir)
-    rows = [task(train, [label])[0][:12] for label in range(0, len(train.classes), len(train.classes) // 12)][:12]
+    rows = [task(train, [label])[0][:12] for label in range(0, len(train.classes), max(1, len(train.classes) // 12))][:12]
+    rows = [F.pad(row, (0, 0, 0, 0, 0, 0, 0, 12 - len(row)), value=255) for row in rows]
     out = args.out or Path(f"{args.dataset}.png")
     atomically(out, lambda scratch: write_png(make_grid(torch.cat(rows), nrow=12), str(scratch)))
     print(f"{out}: 12 samples of {len(rows)} of {len(train.classes)} classes")

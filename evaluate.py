@@ -46,6 +46,16 @@ PAPER = {
                                    "hopfield": {"faa_local": "88.69 ± 0.57", "drop": "6.47 ± 0.73"}},
 }
 
+# Table A1: FAA_TIL(H) and D_TIL(H) at other ranks than 8.
+PAPER_RANKS = {
+    ("cifar100", 20): {4: ("96.60 ± 0.37", "0.0 ± 0.05"), 32: ("96.99 ± 0.01", "0 ± 0.01")},
+    ("cifar100", 50): {4: ("97.70 ± 0.51", "−0.03 ± 0.0"), 32: ("97.62 ± 0.44", "0.20 ± 0.02")},
+    ("tinyimagenet", 50): {4: ("91.39 ± 0.42", "−0.1 ± 0.24"), 32: ("91.64 ± 0.44", "−0.04 ± 0.34")},
+    ("tinyimagenet", 100): {4: ("94.94 ± 0.59", "0.09 ± 0.31"), 32: ("95.09 ± 0.47", "0.13 ± 0.47")},
+}
+PAPER |= {("til", *experiment, rank): {"hopfield": {"faa": faa, "drop": drop}}
+          for experiment, ranks in PAPER_RANKS.items() for rank, (faa, drop) in ranks.items()}
+
 MEMORIES = ("hopfield", "bayespcn", "bayespcn-joint", "disk")               # the order of the columns; others follow
 CONTROLS = {"none": "control: no adapter", "wrong": "control: wrong adapter", "mean": "control: mean adapter",
             "linear": "control: linear head"}
@@ -115,7 +125,8 @@ def number(values, digits=2):
 
 def paper_number(result, row):
     """The paper's cell for this run's setting, data set, splits, rank and memory, or '-'."""
-    paper = PAPER.get((result["setting"], result["dataset"], result["splits"]), {}) if result["rank"] == 8 else {}
+    experiment = (result["setting"], result["dataset"], result["splits"])
+    paper = PAPER.get(experiment if result["rank"] == 8 else (*experiment, result["rank"]), {})
     return paper.get(row) or paper.get(result["memory"].split("-")[0], {}).get(row, "–")
 
 
@@ -171,7 +182,10 @@ def read_runs(folders):
     for folder in dict.fromkeys(map(Path.resolve, folders)):
         if not folder.exists():
             raise ValueError(f"there is no {folder}: name finished run folders")
-        for path in sorted([*folder.glob("til-*.json"), *folder.glob("mts-*.json")]):
+        paths = sorted([*folder.glob("til-*.json"), *folder.glob("mts-*.json")])
+        if not paths and (folder / "config.json").exists():
+            print(f"{folder} has no results yet: its run is not finished", file=sys.stderr)
+        for path in paths:
             results.append(data.load_json(path))
             try:
                 report(results[-1:])
@@ -293,6 +307,11 @@ def lora_like(dim, t, rank=8, width=384):
     return torch.where(torch.arange(dim) // (rank * width) % 2 == 0, A, B)
 
 
+def peak_memory():
+    """The most bytes of main memory that this process has used."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def check_device(device):
     """Raises ValueError for a GPU that is not there."""
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -378,7 +397,7 @@ def bench(words):
     parser.add_argument("--counts", type=int, nargs="+", default=[20, 100, 200, 300], help="T (default: %(default)s)")
     parser.add_argument("--hidden", type=int, nargs="+", default=[256], help="H of BayesPCN (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the thetas and R_0 are (default: cpu)")
-    parser.add_argument("--out", type=Path, help="JSON file (default: results/bench-<device>.json)")
+    parser.add_argument("--out", type=Path, help="JSON file (default: runs/bench-<device>.json)")
     args = parser.parse_args(words)
     for option, least in (("sizes", 10), ("counts", 1), ("hidden", 1)):      # of 10 elements, one is the key
         if min(getattr(args, option)) < least:
@@ -394,10 +413,10 @@ def bench(words):
             new += bench_memory(BayesPCN(P, hidden, device=args.device), thetas, counts, "bayespcn")
         print(bench_table(new), flush=True)
         rows += new
-    out = args.out or Path(f"results/bench-{args.device}.json")
+    out = args.out or Path(f"runs/bench-{args.device}.json")
     data.save_json(out, {
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU", "threads": torch.get_num_threads(),
-        "seconds": time.perf_counter() - start, "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": time.perf_counter() - start, "peak_memory_bytes": peak_memory(),
         "versions": VERSIONS, "rows": rows})
     print(LEGEND, out, sep="\n")
 
@@ -501,8 +520,8 @@ def probe_table(rows):
 
 def with_beta(hopfield, beta):
     """The same memory, K and V shared, with another beta."""
-    other = Hopfield()
-    other.load_state_dict(hopfield.state_dict() | {"beta": beta})
+    other = Hopfield(beta)
+    other.K, other.V = hopfield.K, hopfield.V
     return other
 
 
@@ -599,12 +618,12 @@ def speed(words):
     """Images per second of the training step, the median of seven repeats, as rank and pictures grow."""
     parser = data.Parser("python evaluate.py speed --device cpu", speed.__doc__, "evaluate.py speed")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU if there is one")
-    parser.add_argument("--out", type=Path, help="JSON file (default: results/speed-<device>.json)")
+    parser.add_argument("--out", type=Path, help="JSON file (default: runs/speed-<device>.json)")
     args = parser.parse_args(words)
     check_device(args.device)
     torch.set_float32_matmul_precision("high")                               # as til.py
     rows = [speed_row(*step, args.device) for step in data.progress(STEPS[args.device], len(STEPS[args.device]), "training")]
-    out = args.out or Path(f"results/speed-{args.device}.json")
+    out = args.out or Path(f"runs/speed-{args.device}.json")
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     data.save_json(out, {"device": device, "threads": torch.get_num_threads(), "versions": VERSIONS, "rows": rows})
     print(speed_table(rows), out, sep="\n")
@@ -615,7 +634,7 @@ def speed(words):
 def tables(words):
     """The paper's tables over finished runs."""
     parser = data.Parser("python evaluate.py runs/*   More: bench -h, probe -h, speed -h", tables.__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or `bench`, or `probe`")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders; or `bench`, `probe` or `speed`, other commands")
     print(report(read_runs(parser.parse_args(words).runs)))
 
 

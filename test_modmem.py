@@ -2,6 +2,7 @@
 
     python -m pytest -q
 """
+import argparse
 import contextlib
 import io
 import json
@@ -39,6 +40,7 @@ from bayespcn import BayesPCN
 from evaluate import literal_descent, literal_energy, start_of
 
 HERE = Path(__file__).parent
+README = (HERE / "README.md").read_text()
 
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -197,7 +199,7 @@ def test_what_pretraining_writes_can_be_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load", lambda name, data_dir: (images, images))
     monkeypatch.setattr(substrate, "pretrain", lambda *args: (vit, nn.Linear(192, 200)))
     code, out, err = command(substrate.main, "--out", tmp_path / "new.pt", "--device", "cpu")
-    assert code == 0 and "top-1" in out and json.loads((tmp_path / "results" / "vit_tiny.json").read_text())["epochs"] == 300, err
+    assert code == 0 and "top-1" in out and json.loads((tmp_path / "new.json").read_text())["epochs"] == 300, err
     loaded = substrate.load("vit_tiny", tmp_path / "new.pt").state_dict()
     assert all(torch.equal(loaded[name], value.half().float()) for name, value in vit.state_dict().items())
     code, out, err = command(substrate.main, "--out", tmp_path / "new.pt", "--device", "cpu")
@@ -561,6 +563,12 @@ def test_a_crop_is_a_part_of_the_enlarged_picture(tiny):
     assert 400 < flip.sum() < 600 and 0.35 <= side.min() ** 2 < 0.37 and 0.97 < side.max() <= 1 and (side + reach).max() <= 1
 
 
+def test_a_class_with_one_image_cannot_be_held_out():
+    train = data.Images(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 0, 1]), ["many", "one"])
+    with pytest.raises(ValueError, match="'one' has no train image"):
+        data.hold_out(train)
+
+
 def test_held_out_images_are_a_tenth_of_every_class():
     images = torch.arange(60, dtype=torch.uint8).reshape(60, 1, 1, 1)
     train, test = data.hold_out(data.Images(images, torch.arange(60) % 3, list("abc")))
@@ -669,7 +677,7 @@ def test_a_folder_of_ones_own(tmp_path):
     train, test = data.load("folder", tmp_path)                          # pictures 0 and 5 of each class
     assert test.images[:, 0, 5, 5].tolist() == [0, 5, 100, 105] and len(train.labels) == 16
     (tmp_path / "train" / "empty").mkdir()
-    with pytest.raises(ValueError, match="no train image of class 'empty'"):
+    with pytest.raises(ValueError, match="'empty' has no train image"):
         data.load("folder", tmp_path)
     with pytest.raises(FileNotFoundError, match="train/<class>/<picture>"):
         data.load("folder", tmp_path / "train")
@@ -687,6 +695,11 @@ def test_pictures_of_any_size_and_mode(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="p.png cannot be read"):
             data.read_picture(path)
+    deep = bytearray(png(4, 2, bytes(20)))
+    deep[24] = 16                                # bits a channel
+    path.write_bytes(deep)
+    with pytest.raises(ValueError, match="16 bits a channel"):
+        data.read_picture(path)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -835,6 +848,24 @@ def test_two_processes_give_what_one_gives(cifar, tmp_path):
     ours, theirs = (json.loads((run / "til-hopfield.json").read_text()) for run in (a, b))
     assert ours["per_task"] == theirs["per_task"] and theirs["processes"] == 2
     torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", [*til.MEMORIES, "nearest"])
+def test_every_memory_keeps_the_contract(name, tmp_path):
+    """`nearest` is the example of the README."""
+    example = {"torch": torch, "F": F}
+    exec(re.search(r"```python\n(.*?)```", README, re.S)[1], example)
+    new = til.MEMORIES.get(name, lambda dim, args: example["Nearest"]())
+    args = argparse.Namespace(bpcn_read="marginal", device="cpu")
+    memory, again, thetas = new(500, args), new(500, args), randn(4, 500)
+    for theta in thetas:
+        memory.write(*lora.split_key(theta))
+    data.save_tensors(tmp_path / "m.pt", {"memory": memory.state_dict()})
+    again.load_state_dict(data.load_tensors(tmp_path / "m.pt")["memory"])
+    for theta in thetas:
+        key, _ = lora.split_key(theta)
+        assert (memory.read(key) - theta).norm() < 0.1 * theta.norm() and torch.equal(memory.read(key), again.read(key))
+    assert memory.read(key).shape == (500,) and memory.nbytes == again.nbytes > 0
 
 
 CIFAR = ("--dataset", "cifar100", "--splits", 20, "--backbone", "vit_tiny", "--image-size", 16, "--device", "cpu")
@@ -1202,10 +1233,9 @@ def test_a_result_that_is_broken_is_named(tmp_path):
     with pytest.raises(ValueError, match="two results of seed 0"):
         evaluate.report([result, result])
     assert evaluate.report([result, result | {"epochs": 9, "seed": 1}]).count("FAA_GT |") == 2       # not averaged
+    rank_4 = result | {"dataset": "tinyimagenet", "splits": 50, "rank": 4}
+    assert "91.39 ± 0.42" in evaluate.report([rank_4]) and "91.39" not in evaluate.report([rank_4 | {"rank": 5}, rank_4 | {"rank": 8}])
     assert "M = hopfield | paper | M = other | paper" in evaluate.report([result | {"memory": "other"}, result])
-
-
-README = (HERE / "README.md").read_text()
 
 
 def test_the_tables_of_the_readme_are_the_results():

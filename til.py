@@ -11,7 +11,6 @@ import copy
 import math
 import os
 import re
-import resource
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -44,7 +43,7 @@ def til_training(tasks, train, memory, learn):
     for t, classes in enumerate(tasks, 1):                                   # 3
         images, labels = data.task(train, classes)                           # 4: D_t, and nothing of other tasks
         theta = learn(t, images, labels)                                     # 5, 6: initialised at random, AdamW
-        key, value = lora.split_key(theta)                                        # 7: k_t and theta_t / k_t
+        key, value = lora.split_key(theta)                                   # 7: k_t and theta_t / k_t
         keys.append(key)                                                     # 8
         memory.write(key, value)                                             # 9
     return memory, keys                                                      # 11
@@ -283,9 +282,10 @@ class Run:
             lora.set(self.vit, adapter["theta"])
             head.load_state_dict(adapter["head"])
             if adapter["t"] != t or [type(adapter[name]) for name in ("images", "seconds", "device")] != [int, float, str]:
-                raise ValueError
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError):
-            raise ValueError(f"{path} does not hold the adapter of task {t}: remove it to train it again") from None
+                raise ValueError("another task")
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} does not hold the adapter of task {t} ({error}): remove it to train it again, or name "
+                             "another folder with --out") from None
         return adapter | {"head": head}
 
     def save(self, path, content):
@@ -337,9 +337,10 @@ class Run:
         try:
             memory.load_state_dict(state["memory"])
             if [key.ndim for key in state["keys"]] != [1] * len(self.tasks):
-                raise ValueError
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError):
-            raise ValueError(f"{path} does not hold a {self.args.memory} memory of this run: remove it to write it again") from None
+                raise ValueError("other keys")
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{path} does not hold a {self.args.memory} memory of this run ({error}): remove it to write it "
+                             "again") from None
         for t, key in enumerate(state["keys"], 1):
             if not torch.equal(lora.split_key(self.adapter(t)["theta"])[0], key):
                 raise ValueError(f"{path} was not written from adapters/{t}.pt: remove it")
@@ -375,7 +376,7 @@ def linear_heads(run, ts):
     """The control `linear`: yields for each of these tasks, counted from 0, a head trained as in Algorithm 1, but alone, on the
     features of the bare substrate."""
     zero, head = torch.zeros_like(lora.get(run.vit)), copy.deepcopy(run.classifier.head)
-    trainer = Trainer([*head.parameters()], lambda features, flip: head(features), data.flips, run.args.plain)
+    trainer = Trainer([*head.parameters()], lambda features, *view: head(features), data.flips, run.args.plain)
     for t in ts:
         lora.set(run.vit, zero)
         images, labels = data.task(run.train, run.tasks[t])
@@ -421,8 +422,8 @@ def cost(run, trainings, start, written):
         "train_seconds": seconds, "train_device": device, "images_per_second": images / seconds, "flops_per_image": flops,
         "mfu": mfu(rate * flops, device),
         "wall_seconds": sum(stages.values()), "stage_seconds": stages, "processes": WORLD,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "device": device_name(run.args.device), "versions": evaluate.VERSIONS}
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else evaluate.peak_memory(),
+        "device": device_name(run.args.device), "versions": evaluate.VERSIONS}
 
 
 def mfu(flops, device):
@@ -496,6 +497,8 @@ def parse(parser):
     for option, path in (("weights", args.weights), ("predict", args.predict)):
         if path and not path.is_file():
             raise FileNotFoundError(f"--{option} {path}: there is no such file")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: it takes the folder for the run folders")
     if args.predict and len(args.seeds) > 1:
         raise ValueError(f"--predict takes one run, --seeds names {len(args.seeds)}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):

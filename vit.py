@@ -4,7 +4,7 @@ Query, key and value have separate projections, so that lora.py can wrap exactly
 `load` builds one of three substrates from published weights: our own vit_tiny, DINOv2's ViT-S/14 (Oquab et al.,
 arXiv 2304.07193) and torchvision's ViT-B/16.
 
-    python vit.py --data-dir data --out new.pt       # pretrains vit_tiny on TinyImageNet: new.pt, results/vit_tiny.json
+    python vit.py --data-dir data --out new.pt       # pretrains vit_tiny on TinyImageNet: new.pt and new.json
 """
 import math
 import re
@@ -304,7 +304,7 @@ def top1(vit, head, test, device):
 
 
 def main():
-    """Pretrains vit_tiny on TinyImageNet; writes the weights in float16 and results/vit_tiny.json."""
+    """Pretrains vit_tiny on TinyImageNet; writes the weights in float16 and, beside them, a JSON file of the same name."""
     import data                                  # for this command alone: the model above needs nothing of ours
     parser = data.Parser("python vit.py --data-dir data --out new.pt", "Pretrain vit_tiny on TinyImageNet.")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds tiny-imagenet-200")
@@ -324,7 +324,7 @@ def main():
     state = {key: value.half().cpu() for key, value in vit.state_dict().items()}
     data.atomically(args.out, lambda scratch: torch.save(state, scratch))    # nothing but weights, as published files are
     accuracy = top1(load("vit_tiny", args.out).to(args.device), head, test, args.device)
-    data.save_json(Path("results/vit_tiny.json"), {
+    data.save_json(args.out.with_suffix(".json"), {
         "top1": accuracy, "epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "seconds": seconds,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else args.device, "torch": torch.__version__})
     print(f"top-1 on TinyImageNet val {accuracy:.2f} %, {seconds:.0f} s")
