@@ -44,7 +44,10 @@ def check(name, x, *shape):
 
 def product(x, W):
     """x (L-1, n, H) @ W (L-1, H, H), x a numpy array or a tensor as in a descent, W a tensor."""
-    return x @ W if torch.is_tensor(x) else (torch.from_numpy(x) @ W).numpy()
+    if torch.is_tensor(x):
+        return x @ W
+    # For one row numpy is up to twice as fast; for more its threads, which it does not let us limit, get in torch's way.
+    return x @ W.numpy() if x.shape[1] == 1 else (torch.from_numpy(x) @ W).numpy()
 
 
 def ndtr(x):
@@ -100,7 +103,7 @@ class BayesPCN:
         xx, c, G = x.square().sum(-1), x @ R.T, self._gram() if x.shape[1] == self.dim else R @ R.T
         d = self.r.new_tensor([[m]] + [[self.hidden]] * (self.layers - 2))        # (L-1, 1)
         small = xx, c, d, self.r, self.r.new_tensor(float(self.s2 + self.u))
-        # On a CPU numpy has half of torch's overhead on arrays so small. Only torch can keep to one thread, as W's products need.
+        # On a CPU numpy has half of torch's overhead on arrays so small.
         small = small if self.r.is_cuda else [x.numpy() for x in small]
         return torch.stack([G, *self.R[1:]]), torch.stack(self.U), *small         # W, U (L-1, H, H)
 
