@@ -453,8 +453,7 @@ def classifier(config, heads, args):
     for name, found in (("weights", til.weights_checksum(vit)), ("test_data", data.checksum(*test))):
         if found != config[name]:
             raise ValueError(f"{name} {found} are not those of the run, {config[name]}: name them with --weights and --data-dir")
-    vit.to(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
-    lora.add(vit, config["rank"])
+    til.equip(vit, config["rank"], args.device)
     tasks = data.split(len(test.classes), config["splits"], config["seed"])
     tests, heads = [data.task(test, classes) for classes in tasks], [(head["weight"], head["bias"]) for head in heads]
 
@@ -580,8 +579,7 @@ def speed_row(backbone, image_size, rank, batch_size, plain, device, steps=30, r
     JSON file; each repeat is an epoch of `steps` steps, everything that til.py does for it included."""
     import til                                                               # which imports this file
     vit = til.substrate.ViT(til.substrate.CONFIGS[backbone], image_size).requires_grad_(False).eval()
-    vit.to(device, torch.float32 if plain else torch.bfloat16)
-    lora.add(vit, rank, generator=data.generator(0))
+    til.equip(vit, rank, device, plain)
     classifier, n = til.Classifier(vit, 4, plain=plain), steps * batch_size
     images = torch.randint(256, (n, 3, 64, 64), dtype=torch.uint8, generator=data.generator(1)).to(device)
     labels, generator = (torch.arange(n) % 4).to(device), data.generator(2)

@@ -159,14 +159,6 @@ class Trainer:
         self.optimizer.param_groups[0].update(lr=self.lr, capturable=self.lr.is_cuda)
 
 
-def average(gradients):
-    """The mean over the processes of torchrun, in place; as one message, since fifty small ones would take longer."""
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    for gradient, mean in zip(gradients, (flat / WORLD).split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(mean.view_as(gradient))
-
-
 class Classifier:
     """C(x; W, theta): a ViT with LoRA and a linear head on its class token, and the Trainer of both."""
 
@@ -238,6 +230,12 @@ def features(vit, images, batch_size=None):
     return torch.cat([class_token(vit, batch.to(vit.cls_token.device)) for batch in images.split(batch_size)])
 
 
+def equip(vit, rank, device, plain=False):
+    """Adds adapters and moves the ViT to its device: on a GPU in bfloat16, unless plain. Adapters and heads are always float32."""
+    vit.to(device, torch.bfloat16 if device.startswith("cuda") and not plain else torch.float32)
+    lora.add(vit, rank, generator=data.generator(0))                         # every training draws its own
+
+
 def weights_checksum(vit):
     """Tells one weights file from another; not of the positions, which are resized, so that it is the same at every size."""
     return data.checksum(*(value for name, value in vit.state_dict().items() if name != "pos_embed"))
@@ -253,9 +251,7 @@ class Run:
         self.tasks = data.split(len(train.classes), args.splits, seed)
         self.vit = substrate.load(args.backbone, args.weights, args.image_size)
         weights = weights_checksum(self.vit)
-        fast = args.device.startswith("cuda") and not args.plain
-        self.vit.to(args.device, torch.bfloat16 if fast else torch.float32)
-        lora.add(self.vit, args.rank)                                        # adapters and heads are always float32
+        equip(self.vit, args.rank, args.device, args.plain)
         self.classifier = Classifier(self.vit, len(self.tasks[0]), plain=args.plain)
         self.seconds = {"load": 0, "task predictor": 0, "training": 0}       # what this command has spent on what
         validate = "-validate" if args.validate else ""
@@ -453,6 +449,31 @@ def print_classes(run, t, logits):
         print(f"{100 * probability:6.2f} %  {run.train.classes[label]}")
 
 
+# ---- several processes, one a GPU: torchrun --nproc_per_node 2 til.py ... ------------------------------------------------------
+
+def wait():
+    """Until all processes have come here."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+def gather(lists):
+    """A dictionary of lists with a number for every WORLD-th task, from each process -> the lists of all tasks."""
+    parts = [lists] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, lists)
+    n = sum(len(part["gt"]) for part in parts)
+    return {name: [parts[t % WORLD][name][t // WORLD] for t in range(n)] for name in lists}
+
+
+def average(gradients):
+    """The mean over the processes of torchrun, in place; as one message, since fifty small ones would take longer."""
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, mean in zip(gradients, (flat / WORLD).split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view_as(gradient))
+
+
 # ---- command line ------------------------------------------------------------------------------------------------------------
 
 def parse(parser):
@@ -483,6 +504,15 @@ def parse(parser):
     small = args.dataset == "glyphs"
     args.backbone = args.backbone or ("vit_tiny" if small else "dinov2_vits14")
     args.batch_size = (6 if small else 64) if args.batch_size is None else args.batch_size
+    check_options(args)
+    if args.device.startswith("cuda"):
+        use_gpu(args)
+    torch.set_float32_matmul_precision("high")                               # TF32 on GPUs; memories read in float64
+    return args
+
+
+def check_options(args):
+    """Raises ValueError or FileNotFoundError for what can be known to be wrong before any work is done."""
     for option in ("splits", "rank", "epochs", "batch_size", "predictor_epochs", "predictor_batch_size"):
         if getattr(args, option, None) is not None and getattr(args, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}: it must be at least 1")
@@ -506,14 +536,15 @@ def parse(parser):
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
         raise ValueError(f"--device {args.device}: choose cpu, cuda or cuda:N")
     evaluate.check_device(args.device)
-    if args.device.startswith("cuda"):
-        index = int(os.environ["LOCAL_RANK"]) if WORLD > 1 else torch.device(args.device).index or 0
-        if index >= torch.cuda.device_count():
-            raise ValueError(f"there is no GPU {index}: this machine has {torch.cuda.device_count()}, counted from 0")
-        torch.cuda.set_device(index)
-        args.device = f"cuda:{index}"
-    torch.set_float32_matmul_precision("high")                               # TF32 on GPUs; memories read in float64
-    return args
+
+
+def use_gpu(args):
+    """Makes the GPU that --device names the current one; under torchrun, each process has its own."""
+    index = int(os.environ["LOCAL_RANK"]) if WORLD > 1 else torch.device(args.device).index or 0
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"there is no GPU {index}: this machine has {torch.cuda.device_count()}, counted from 0")
+    torch.cuda.set_device(index)
+    args.device = f"cuda:{index}"
 
 
 def launch(args, results, predict):
@@ -537,23 +568,6 @@ def launch(args, results, predict):
         start = time.perf_counter()
     if not args.predict and RANK == 0:
         print(evaluate.report(contents))
-
-
-# ---- several processes, one a GPU: torchrun --nproc_per_node 2 til.py ... ------------------------------------------------------
-
-def wait():
-    """Until all processes have come here."""
-    if WORLD > 1:
-        dist.barrier()
-
-
-def gather(lists):
-    """A dictionary of lists with a number for every WORLD-th task, from each process -> the lists of all tasks."""
-    parts = [lists] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, lists)
-    n = sum(len(part["gt"]) for part in parts)
-    return {name: [parts[t % WORLD][name][t // WORLD] for t in range(n)] for name in lists}
 
 
 def main():

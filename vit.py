@@ -201,9 +201,9 @@ def resize_positions(pos_embed, n):
     n0 = round(max(pos_embed.shape[1] - 1, 1) ** 0.5)
     if n == n0 or pos_embed.shape[1] != 1 + n0 ** 2:
         return pos_embed
-    grid = pos_embed[:, 1:].float().unflatten(1, (n0, n0)).permute(0, 3, 1, 2)                  # (1, D, n0, n0)
-    grid = F.interpolate(grid, scale_factor=(n + 0.1) / n0, mode="bicubic")                     # (1, D, n, n)
-    return torch.cat([pos_embed[:, :1].float(), grid.flatten(2).transpose(1, 2)], dim=1)        # (1, 1 + n^2, D)
+    planes = pos_embed[:, 1:].float().unflatten(1, (n0, n0)).permute(0, 3, 1, 2)                # (1, D, n0, n0)
+    planes = F.interpolate(planes, scale_factor=(n + 0.1) / n0, mode="bicubic")                 # (1, D, n, n)
+    return torch.cat([pos_embed[:, :1].float(), planes.flatten(2).transpose(1, 2)], dim=1)        # (1, 1 + n^2, D)
 
 
 # ---- training on a GPU -----------------------------------------------------------------------------------------------------
