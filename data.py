@@ -131,8 +131,19 @@ def tiny_imagenet(data_dir):
             save_tensors(cache, content)
         except OSError as error:                 # a folder that is shared and read-only, say
             print(f"{error}\nthe next start will have to decode again", file=sys.stderr)
-    return tuple(Images(content[f"{half}_images"], content[f"{half}_labels"], content["classes"])
-                 for half in ("train", "val"))
+    halves = tuple(Images(*map(content.get, (f"{half}_images", f"{half}_labels", "classes"))) for half in ("train", "val"))
+    if not all(map(is_tiny_imagenet, halves)):   # another of our files, say, which is whole
+        raise ValueError(f"{cache} does not hold TinyImageNet: remove it and run the command again")
+    return halves
+
+
+def is_tiny_imagenet(half):
+    """Whether this is what decode_tiny_imagenet gives for one half, whatever the counts."""
+    images, labels, classes = half
+    return (isinstance(images, torch.Tensor) and images.dtype == torch.uint8 and images.shape[1:] == (3, 64, 64)
+            and isinstance(labels, torch.Tensor) and labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+            and isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+            and {*labels.tolist()} <= {*range(len(classes))})
 
 
 def decode_tiny_imagenet(folder, n_classes=200, n_train=500, n_val=50):
@@ -147,10 +158,12 @@ def decode_tiny_imagenet(folder, n_classes=200, n_train=500, n_val=50):
         # The val pictures all lie in one folder: only the annotations say which class each belongs to.
         rows = [line.split("\t")[:2] for line in read_lines(folder / "val" / "val_annotations.txt")]
         val = sorted((folder / "val" / "images" / file, wnids.index(wnid)) for file, wnid in rows)
+        if [path for path, _ in val] != sorted((folder / "val" / "images").glob("*.JPEG")):
+            raise ValueError("a picture with two rows, or a row with no picture")
         content = {"classes": [names[wnid].split(",")[0] for wnid in wnids]}
     except (ValueError, KeyError):
-        raise ValueError(f"{folder}: wnids.txt, words.txt and val/val_annotations.txt do not fit together: unpack the archive "
-                         "again") from None
+        raise ValueError(f"{folder}: wnids.txt, words.txt, val/val_annotations.txt and val/images do not fit together: unpack "
+                         "the archive again") from None
     for half, pairs, each in (("train", train, n_train), ("val", val, n_val)):
         labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
         counts = labels.bincount(minlength=n_classes).tolist()

@@ -621,8 +621,12 @@ def test_cifar100_runs_no_code_and_names_a_broken_file(cifar, tmp_path):
 
 @pytest.fixture
 def tiny_imagenet(tmp_path):
+    return small_tiny_imagenet(tmp_path)
+
+
+def small_tiny_imagenet(data_dir):
     """Three classes in the official layout, 4 train and 2 val pictures each; one train picture is grey."""
-    folder = tmp_path / "tiny-imagenet-200"
+    folder = data_dir / "tiny-imagenet-200"
     wnids = ["n03", "n01", "n02"]
     for c, wnid in enumerate(wnids):
         (folder / "train" / wnid / "images").mkdir(parents=True)
@@ -656,9 +660,16 @@ def test_tinyimagenet_names_what_is_broken(tiny_imagenet):
     broken.write_bytes(broken.read_bytes()[:50])
     with pytest.raises(ValueError, match="n01_1.JPEG"):
         data.decode_tiny_imagenet(tiny_imagenet, 3, 4, 2)
-    (tiny_imagenet / "val" / "val_annotations.txt").unlink()
+    annotations = tiny_imagenet / "val" / "val_annotations.txt"
+    annotations.write_text(annotations.read_text().replace("val_1.", "val_0."))          # one bit; the counts are still right
+    with pytest.raises(ValueError, match="do not fit together"):
+        data.decode_tiny_imagenet(tiny_imagenet, 3, 4, 2)
+    annotations.unlink()
     with pytest.raises(FileNotFoundError, match="val_annotations.txt is missing"):
         data.decode_tiny_imagenet(tiny_imagenet, 3, 4, 2)
+    data.save_tensors(tiny_imagenet.parent / "tiny-imagenet-200.pt", {"theta": torch.zeros(3)})
+    with pytest.raises(ValueError, match="tiny-imagenet-200.pt does not hold TinyImageNet"):
+        data.load("tinyimagenet", tiny_imagenet.parent)
 
 
 def test_a_folder_of_ones_own(tmp_path):
@@ -1405,7 +1416,7 @@ def retype(path, rng):
 
 
 class Faults:
-    """A small finished run of both settings on a small CIFAR-100, whose files can be damaged one at a time."""
+    """A small finished run of both settings on a small CIFAR-100, and a small TinyImageNet, whose files can be damaged one at a time."""
 
     def __init__(self, folder):
         self.folder, self.data_dir = folder, small_cifar(folder)
@@ -1418,25 +1429,36 @@ class Faults:
         for memory in ("hopfield", "bayespcn"):
             assert command(mts.main, *self.words, "--memory", memory)[0] == 0
         self.run = folder / "runs" / "cifar100-20s-vit_tiny-16px-r2-seed0"
+        self.tiny_imagenet = small_tiny_imagenet(folder)
+        cache, self.names = folder / "tiny-imagenet-200.pt", self.tiny_imagenet / "words.txt"
+        data.save_tensors(cache, data.decode_tiny_imagenet(self.tiny_imagenet, 3, 4, 2))
+        self.tiny_files = [cache, self.names, self.tiny_imagenet / "wnids.txt", self.tiny_imagenet / "val" / "val_annotations.txt"]
         self.files = [*self.run.glob("*.pt"), *self.run.glob("*.json"), *self.run.glob("adapters/1*.pt"), self.weights, self.picture,
-                      *(self.data_dir / "cifar-100-python").iterdir()]
+                      *(self.data_dir / "cifar-100-python").iterdir(), *self.tiny_files]
+        self.expected = {reader: self.answers(reader) for reader in ("hopfield", "bayespcn", "tinyimagenet")}
 
-    def answers(self, memory):
-        """What the commands that read the files say: (exit code, standard output, standard error) of each."""
-        return [command(mts.main, *self.words, "--memory", memory, "--predict", self.picture), command(evaluate.main, self.run)]
+    def answers(self, reader):
+        """What the commands say that read the files of a memory, or TinyImageNet's: (exit code, standard output, standard error) of each."""
+        if reader == "tinyimagenet":
+            return [command(self.read_tiny_imagenet)]
+        return [command(mts.main, *self.words, "--memory", reader, "--predict", self.picture), command(evaluate.main, self.run)]
+
+    def read_tiny_imagenet(self):
+        """Prints what the official files come to, and what their cache."""
+        decoded, cached = data.decode_tiny_imagenet(self.tiny_imagenet, 3, 4, 2), data.load("tinyimagenet", self.data_dir)
+        print(data.checksum(decoded), data.checksum(cached))
 
     def damage(self, rng):
         """Damages one file and puts it back: (file and kind of damage, 'right', 'refused' or what went wrong)."""
         path, memory = self.files[rng.integers(len(self.files))], str(rng.choice(["hopfield", "bayespcn"]))
-        expected, content = self.answers(memory) if not hasattr(self, memory) else getattr(self, memory), path.read_bytes()
-        setattr(self, memory, expected)
+        reader, content = "tinyimagenet" if path in self.tiny_files else memory, path.read_bytes()
         kind = retype(path, rng) if path.suffix == ".pt" and path != self.weights and rng.random() < 0.4 else mutate(path, self.files, rng)
         try:
             outcome = "right"
-            for (code, out, err), (_, right, _) in zip(self.answers(memory), expected):
+            for (code, out, err), (_, right, _) in zip(self.answers(reader), self.expected[reader]):
                 if code == 2 and err.count("\n") == 1 and out == "":
                     outcome = "refused"
-                elif code != 0 or out != right and path != self.picture:     # of a picture nobody knows what it was
+                elif code != 0 or out != right and path not in (self.picture, self.names):   # nobody knows what they said
                     return f"{path.name} {kind}", f"code {code}: {out} {err}"
             return f"{path.name} {kind}", outcome
         except Exception as error:
