@@ -14,6 +14,7 @@ import os
 import pickle
 import shutil
 import sys
+import tarfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -60,10 +61,12 @@ def check_classes(train, test):
 def fetch(url, md5, folder):
     """Downloads an archive and unpacks it beside `folder`, which appears only when it is complete."""
     scratch = folder.parent / f".unpacking-{folder.name}"
+    # In the tar, nothing may point out of the scratch folder; Python's default from 3.14 on.
+    tarfile.TarFile.extraction_filter = staticmethod(getattr(tarfile, "data_filter", None))
     try:
         download_and_extract_archive(url, folder.parent, scratch, md5=md5)
         os.replace(scratch / folder.name, folder)
-    except (OSError, RuntimeError) as error:     # no network, a broken download, a full disk
+    except (OSError, RuntimeError, tarfile.TarError) as error:               # no network, a broken download, a full disk
         raise FileNotFoundError(f"cannot fetch {url} ({error}): put {Path(url).name} (md5 {md5}) into {folder.parent} by hand, "
                                 f"or unpack it so that {folder} is there") from None
     finally:

@@ -4,6 +4,7 @@
 """
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -15,8 +16,10 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -617,6 +620,41 @@ def test_cifar100_runs_no_code_and_names_a_broken_file(cifar, tmp_path):
     (folder / "train").unlink()
     with pytest.raises(FileNotFoundError, match="train is missing"):
         data.load("cifar100", tmp_path)
+
+
+def pack(path, members):
+    """A tar.gz or zip file of these members: (name, None) for a small file, (name, target) for a symbolic link. Returns its md5."""
+    with tarfile.open(path, "w:gz") if path.suffix == ".gz" else zipfile.ZipFile(path, "w") as archive:
+        for name, target in members:
+            if path.suffix == ".gz":
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname, member.size = (tarfile.SYMTYPE, target, 0) if target else (tarfile.REGTYPE, "", 4)
+                archive.addfile(member, io.BytesIO(b"text"))
+            else:
+                member = zipfile.ZipInfo(name)
+                member.external_attr = (0o120777 if target else 0o100644) << 16
+                archive.writestr(member, target or "text")
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("kind", ("tar.gz", "zip"))
+def test_an_archive_writes_nothing_outside_its_folder(tmp_path, kind):
+    outside, data_dir = tmp_path / "outside", tmp_path / "data"
+    outside.mkdir()
+    data_dir.mkdir()
+    path, url = data_dir / f"set.{kind}", (tmp_path / "nowhere" / f"set.{kind}").as_uri()
+    for members in ([("../../outside/evil", None)], [(f"{outside}/evil", None)], [("../evil", None)],
+                    [("set/link", str(outside)), ("set/link/evil", None)], [("set/up", "../../../outside"), ("set/up/evil", None)]):
+        md5 = pack(path, [("set/good", None), *members])
+        with pytest.raises(FileNotFoundError, match="cannot fetch"):                     # another archive than the published one
+            data.fetch(url, "0" * 32, data_dir / "set")
+        assert [*data_dir.iterdir()] == [path]
+        with contextlib.suppress(FileNotFoundError):                                     # as if md5 had been forged
+            data.fetch(url, md5, data_dir / "set")
+        assert [*outside.iterdir()] == [] and not (data_dir / "evil").exists() and {*data_dir.iterdir()} <= {path, data_dir / "set"}
+        shutil.rmtree(data_dir / "set", ignore_errors=True)
+    data.fetch(url, pack(path, [("set/good", None)]), data_dir / "set")
+    assert (data_dir / "set" / "good").read_text() == "text"
 
 
 @pytest.fixture
