@@ -59,18 +59,24 @@ def check_classes(train, test):
 
 
 def fetch(url, md5, folder):
-    """Downloads an archive and unpacks it beside `folder`, which appears only when it is complete."""
+    """Downloads an archive and unpacks it beside `folder`, which appears only when it is complete; or waits for another
+    process that is at it."""
     scratch = folder.parent / f".unpacking-{folder.name}"
     # In the tar, nothing may point out of the scratch folder; Python's default from 3.14 on.
     tarfile.TarFile.extraction_filter = staticmethod(getattr(tarfile, "data_filter", None))
     try:
-        download_and_extract_archive(url, folder.parent, scratch, md5=md5)
-        os.replace(scratch / folder.name, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.parent / ".lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                if not folder.is_dir():
+                    download_and_extract_archive(url, folder.parent, scratch, md5=md5)
+                    os.replace(scratch / folder.name, folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     except (OSError, RuntimeError, tarfile.TarError) as error:               # no network, a broken download, a full disk
         raise FileNotFoundError(f"cannot fetch {url} ({error}): put {Path(url).name} (md5 {md5}) into {folder.parent} by hand, "
                                 f"or unpack it so that {folder} is there") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def cifar100(data_dir):
@@ -389,7 +395,7 @@ def square(picture):
 
 def atomically(path, write):
     """Calls write(scratch path), then renames: a file named `path` is either whole or not there. Raises OSError."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    scratch = path.with_name(f".{path.name}.{os.urandom(4).hex()}.part")     # containers that share a disk share process ids
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(scratch)

@@ -21,6 +21,7 @@ import tempfile
 import time
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -648,13 +649,28 @@ def test_an_archive_writes_nothing_outside_its_folder(tmp_path, kind):
         md5 = pack(path, [("set/good", None), *members])
         with pytest.raises(FileNotFoundError, match="cannot fetch"):                     # another archive than the published one
             data.fetch(url, "0" * 32, data_dir / "set")
-        assert [*data_dir.iterdir()] == [path]
+        assert {*data_dir.iterdir()} == {path, data_dir / ".lock"}
         with contextlib.suppress(FileNotFoundError):                                     # as if md5 had been forged
             data.fetch(url, md5, data_dir / "set")
-        assert [*outside.iterdir()] == [] and not (data_dir / "evil").exists() and {*data_dir.iterdir()} <= {path, data_dir / "set"}
+        assert [*outside.iterdir()] == [] and not (data_dir / "evil").exists() and {*data_dir.iterdir()} <= {path, data_dir / ".lock", data_dir / "set"}
         shutil.rmtree(data_dir / "set", ignore_errors=True)
     data.fetch(url, pack(path, [("set/good", None)]), data_dir / "set")
     assert (data_dir / "set" / "good").read_text() == "text"
+
+
+def test_a_data_set_is_fetched_once_for_all_who_want_it(tmp_path, monkeypatch):
+    """Threads stand for processes: each opens the lock for itself."""
+    md5, unpack, calls = pack(tmp_path / "set.zip", [("set/good", None)]), data.download_and_extract_archive, []
+
+    def slow(*args, **options):
+        calls.append(args)
+        unpack(*args, **options)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(data, "download_and_extract_archive", slow)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: data.fetch("set.zip", md5, tmp_path / "set"), range(4)))
+    assert len(calls) == 1 and (tmp_path / "set" / "good").read_text() == "text" and not (tmp_path / ".unpacking-set").exists()
 
 
 @pytest.fixture
@@ -780,6 +796,12 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         data.atomically(tmp_path / "file", dies)
     assert list(tmp_path.iterdir()) == []
+
+    def meets_another(scratch):
+        scratch.write_text("ours")
+        data.atomically(tmp_path / "file", lambda theirs: theirs.write_text("theirs"))
+    data.atomically(tmp_path / "file", meets_another)                    # each wrote a scratch file of its own; the last one stays
+    assert (tmp_path / "file").read_text() == "ours"
     data.save_json(tmp_path / "a.json", {"x": [1, 2], "y": None})
     assert data.load_json(tmp_path / "a.json") == {"x": [1, 2], "y": None}
     (tmp_path / "a.json").write_text('{"x": ')
@@ -1383,8 +1405,8 @@ def test_a_full_disk_keeps_what_was_finished(cifar, tmp_path):
 def test_a_cache_that_cannot_be_written_does_not_stop_a_run(tiny_imagenet, monkeypatch, capsys):
     decode = data.decode_tiny_imagenet
     monkeypatch.setattr(data, "decode_tiny_imagenet", lambda folder: decode(folder, 3, 4, 2))
-    (tiny_imagenet.parent / ".tiny-imagenet-200.pt.0.part").mkdir()
-    monkeypatch.setattr(os, "getpid", lambda: 0)         # so that the scratch file cannot be opened
+    (tiny_imagenet.parent / ".tiny-imagenet-200.pt.00000000.part").mkdir()
+    monkeypatch.setattr(os, "urandom", bytes)            # so that the scratch file cannot be opened
     train, test = data.tiny_imagenet(tiny_imagenet.parent)
     assert len(train.labels) == 12 and "cannot write" in capsys.readouterr().err
 
