@@ -410,13 +410,16 @@ def atomically(path, write):
 
 def lock(folder):
     """Keeps other processes out of a folder for as long as the file that it returns is open, even if this one is killed, and
-    clears away what was half written when one was. Raises ValueError if another process has the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
+    clears away what was half written when one was. Raises ValueError if another process has the folder, OSError if it cannot
+    be written to."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another process is at work in {folder}: wait for it, or name another folder with --out") from None
+    except OSError as error:
+        raise OSError(f"cannot write into {folder} ({error}): see who may write there, or name another folder with --out") from None
     for scratch in folder.rglob(".*.part"):
         scratch.unlink()
     return file

@@ -4,6 +4,7 @@
 """
 import argparse
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -1400,6 +1401,42 @@ def test_a_full_disk_keeps_what_was_finished(cifar, tmp_path):
     assert len([*folder.glob("adapters/*.pt")]) == 20 and not [*folder.rglob("*.part")] and not (folder / "hopfield.pt").exists()
     code, out, err = command(til.main, *words[2:])
     assert code == 0 and "task " not in out
+
+
+def test_a_run_folder_that_cannot_be_written_is_named_and_kept(cifar, tmp_path, monkeypatch):
+    """Permissions do not hold root back, so the calls that would fail are made to."""
+    folder, save, saved = tmp_path / "cifar100-20s-vit_tiny-16px-r8-seed0", torch.save, []
+
+    def turns_read_only(content, path):
+        if len(saved) == 3:
+            raise OSError(errno.EROFS, "Read-only file system")
+        save(content, path)
+        saved.append(path)
+
+    def files():
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def refused(out):
+        code, _, err = command(til.main, *CIFAR, "--data-dir", cifar, "--epochs", 1, "--out", out)
+        assert code == 2 and err.count("\n") == 1
+        return err
+
+    monkeypatch.setattr(torch, "save", turns_read_only)                      # after three tasks
+    err = refused(tmp_path)
+    assert "cannot write" in err and "adapters/4.pt" in err and "Read-only" in err
+    before = files()
+    assert sorted(path.name for path in before) == [".lock", "1.pt", "2.pt", "3.pt", "config.json"]
+
+    def only_reads(path, mode):
+        if mode == "w":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return open(path, mode)
+
+    monkeypatch.setattr(data, "open", only_reads, raising=False)             # from the start
+    assert f"cannot write into {folder}" in refused(tmp_path) and files() == before
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    assert f"cannot write into {tmp_path}/file/runs" in refused(tmp_path / "file" / "runs")
 
 
 def test_a_cache_that_cannot_be_written_does_not_stop_a_run(tiny_imagenet, monkeypatch, capsys):
