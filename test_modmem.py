@@ -603,18 +603,24 @@ def test_cifar100_in_its_own_format(cifar):
     assert train.labels.tolist() == raw["fine_labels"] and train.classes[5] == "colour 5"
 
 
+class Hostile:
+    """Whoever unpickles it makes the folder `executed`."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder / "executed"),)
+
+
 def test_cifar100_runs_no_code_and_names_a_broken_file(cifar, tmp_path):
     folder = tmp_path / "cifar-100-python"
     folder.mkdir()
     for name in ("train", "test", "meta"):
         (folder / name).write_bytes((cifar / "cifar-100-python" / name).read_bytes())
 
-    class Hostile:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "executed"),)
-
     whole = (folder / "train").read_bytes()
-    for content in (pickle.dumps(Hostile()), whole[:5000], b"", pickle.dumps({"data": np.zeros((2, 5)), "fine_labels": [0, 1]})):
+    for content in (pickle.dumps(Hostile(tmp_path)), whole[:5000], b"", pickle.dumps({"data": np.zeros((2, 5)), "fine_labels": [0, 1]})):
         (folder / "train").write_bytes(content)
         with pytest.raises(ValueError, match="train"):
             data.load("cifar100", tmp_path)
@@ -788,6 +794,17 @@ def test_a_file_whose_content_was_changed_is_refused(tmp_path):
         torch.save(stored | change, path)
         with pytest.raises(ValueError, match="a.pt is damaged"):
             data.load_tensors(path)
+
+
+def test_tensor_files_run_no_code(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"cls_token": Hostile(tmp_path)}, path)
+    for read in (data.load_tensors, lambda path: data.load_tensors(path, mmap=True), lambda path: substrate.load("vit_tiny", path)):
+        with pytest.raises(ValueError, match="a.pt"):
+            read(path)
+    assert not (tmp_path / "executed").exists()
+    torch.load(path, weights_only=False)                                 # which does run it
+    assert (tmp_path / "executed").exists()
 
 
 def test_files_appear_whole_or_not_at_all(tmp_path):
