@@ -12,6 +12,7 @@ import torch.nn as nn
 
 
 KEY_SHARE = 0.1                                                              # |k_t| = floor(0.1 |theta_t|), section 3.1
+ALPHA = 8                                                                    # scale 1 at the paper's rank 8
 
 
 class LoRALinear(nn.Module):
@@ -43,14 +44,15 @@ def parameters(vit):
     return [weight for layer in adapters(vit) for weight in (layer.A, layer.B)]
 
 
-def add(vit, rank=8, alpha=None, generator=None):
-    """Wraps query and value of every block; alpha defaults to the rank (scale 1). A is drawn as in `init`, B = 0.
+def add(vit, rank=8, alpha=ALPHA, generator=None):
+    """Wraps query and value of every block. A is drawn as in `init`, B = 0.
 
+    alpha stays when the rank changes, as Hu et al. have it: with AdamW each element moves by about the learning rate, whatever
+    the rank, so a step changes (alpha / r) B A, a sum of r terms, in proportion to alpha.
     Raises ValueError for a rank below 1 or a ViT that has adapters already.
     """
     if rank < 1:
         raise ValueError(f"rank {rank} is not a positive number")
-    alpha = rank if alpha is None else alpha
     for block in vit.blocks:
         if isinstance(block.attn.query, LoRALinear):
             raise ValueError("this ViT has LoRA adapters already: call lora.remove first")
