@@ -59,31 +59,26 @@ def check_classes(train, test):
 
 
 def fetch(url, md5, folder):
-    """Downloads an archive and unpacks it beside `folder`, which appears only when it is complete; or waits for another
-    process that is at it."""
+    """Downloads an archive and unpacks it beside `folder`, which appears only when it is complete."""
     scratch = folder.parent / f".unpacking-{folder.name}"
     # In the tar, nothing may point out of the scratch folder; Python's default from 3.14 on.
     tarfile.TarFile.extraction_filter = staticmethod(getattr(tarfile, "data_filter", None))
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.parent / ".lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            try:
-                if not folder.is_dir():
-                    download_and_extract_archive(url, folder.parent, scratch, md5=md5)
-                    os.replace(scratch / folder.name, folder)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+        download_and_extract_archive(url, folder.parent, scratch, md5=md5)
+        os.replace(scratch / folder.name, folder)
     except (OSError, RuntimeError, tarfile.TarError) as error:               # no network, a broken download, a full disk
         raise FileNotFoundError(f"cannot fetch {url} ({error}): put {Path(url).name} (md5 {md5}) into {folder.parent} by hand, "
                                 f"or unpack it so that {folder} is there") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def cifar100(data_dir):
     """CIFAR-100 (Krizhevsky, 2009): 100 classes, 32 x 32 pixels, 500 train and 100 test images each."""
     folder = data_dir / CIFAR100.base_folder
-    if not folder.is_dir():
-        fetch(CIFAR100.url, CIFAR100.tgz_md5, folder)
+    with turn(data_dir):
+        if not folder.is_dir():
+            fetch(CIFAR100.url, CIFAR100.tgz_md5, folder)
     (classes,) = read_arrays(folder / "meta", "fine_label_names")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"{folder / 'meta'} holds no list of class names: fetch the data set again")
@@ -131,15 +126,15 @@ def tiny_imagenet(data_dir):
 
     The first call decodes 110,000 JPEG files and keeps them as one tensor file; later calls map that file into memory.
     """
-    cache = data_dir / "tiny-imagenet-200.pt"
-    if cache.exists():
-        content = load_tensors(cache, mmap=True)
-    else:
-        content = decode_tiny_imagenet(data_dir / "tiny-imagenet-200")
-        try:
-            save_tensors(cache, content)
-        except OSError as error:                 # a folder that is shared and read-only, say
-            print(f"{error}\nthe next start will have to decode again", file=sys.stderr)
+    cache, content = data_dir / "tiny-imagenet-200.pt", None
+    with turn(data_dir):
+        if not cache.exists():
+            content = decode_tiny_imagenet(data_dir / "tiny-imagenet-200")
+            try:
+                save_tensors(cache, content)
+            except OSError as error:             # a folder that is shared and read-only, say
+                print(f"{error}\nthe next start will have to decode again", file=sys.stderr)
+    content = content or load_tensors(cache, mmap=True)
     halves = tuple(Images(*map(content.get, (f"{half}_images", f"{half}_labels", "classes"))) for half in ("train", "val"))
     if not all(map(is_tiny_imagenet, halves)):   # another of our files, say, which is whole
         raise ValueError(f"{cache} does not hold TinyImageNet: remove it and run the command again")
@@ -423,6 +418,19 @@ def lock(folder):
     for scratch in folder.rglob(".*.part"):
         scratch.unlink()
     return file
+
+
+@contextlib.contextmanager
+def turn(folder):
+    """Lets in one process after the other to fetch or make what is missing in a folder of data sets, and clears away what was
+    half written when one was killed. In a folder that cannot be written to there is nothing to wait for."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(folder / ".lock", "w")), fcntl.LOCK_EX)
+            for scratch in folder.glob(".*.part"):
+                scratch.unlink()
+        yield
 
 
 def save_tensors(path, content):

@@ -254,6 +254,7 @@ class Run:
         equip(self.vit, args.rank, args.device, args.plain)
         self.classifier = Classifier(self.vit, len(self.tasks[0]), plain=args.plain)
         self.seconds = {"load": 0, "task predictor": 0, "training": 0}       # what this command has spent on what
+        self.adapters = {}                                                   # those that were read, by t
         validate = "-validate" if args.validate else ""
         size = "" if self.vit.image_size == self.vit.config.image_size else f"-{self.vit.image_size}px"
         shared = "-shared-init" if args.shared_init else ""
@@ -272,6 +273,8 @@ class Run:
 
     def adapter(self, t):
         """What train_adapter returned for task t (1..T). Raises ValueError if the file holds something else."""
+        if t in self.adapters:
+            return self.adapters[t]
         path, head = self.folder / "adapters" / f"{t}.pt", copy.deepcopy(self.classifier.head)
         adapter = self.load(path)
         try:
@@ -282,7 +285,8 @@ class Run:
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} does not hold the adapter of task {t} ({error}): remove it to train it again, or name "
                              "another folder with --out") from None
-        return adapter | {"head": head}
+        self.adapters[t] = adapter | {"head": head}
+        return self.adapters[t]
 
     def save(self, path, content):
         """Keeps tensors, numbers and strings in a file of this run."""
@@ -553,11 +557,7 @@ def launch(args, results, predict):
     if WORLD > 1:
         torch.set_num_threads(max(1, os.cpu_count() // WORLD))               # torchrun allows one
         dist.init_process_group(timeout=timedelta(days=1))
-    if RANK > 0:
-        wait()                                                               # until the first process has fetched and decoded
     train, test = data.load(args.dataset, args.data_dir)
-    if RANK == 0:
-        wait()
     if args.validate:
         train, test = data.hold_out(train)
     contents = []
