@@ -15,6 +15,7 @@ import pickle
 import shutil
 import sys
 import tarfile
+import textwrap
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -277,37 +278,39 @@ LOADERS = {"glyphs": glyphs, "cifar100": cifar100, "tinyimagenet": tiny_imagenet
 N_CLASSES = {"glyphs": 100, "cifar100": 100, "tinyimagenet": 200}
 
 
+def defaults(name):
+    """The options that til.py and mts.py set by the data set: glyphs are few and small."""
+    if name == "glyphs":
+        return {"backbone": "vit_tiny", "batch_size": 6, "predictor_epochs": 5, "predictor_batch_size": 16}
+    return {"backbone": "dinov2_vits14", "batch_size": 64, "predictor_epochs": 10, "predictor_batch_size": 128}
+
+
 # ---- tasks and pictures --------------------------------------------------------------------------------------------------
 
 def split(n_classes, splits, seed):
-    """The classes of each task: a list of `splits` lists of n_classes / splits indices, in an order drawn from the seed."""
-    if splits < 1 or n_classes % splits:
-        divisors = [d for d in range(1, n_classes + 1) if n_classes % d == 0]
-        raise ValueError(f"{splits} splits do not divide {n_classes} classes: choose one of {divisors}")
+    """The classes of each task: a list of `splits` lists of n_classes / splits indices, in an order drawn from the seed.
+
+    Raises ValueError if that cannot be, or leaves one class a task, which any network would get right.
+    """
+    choices = [d for d in range(1, n_classes) if n_classes % d == 0]
+    if splits not in choices:
+        raise ValueError(f"{splits} splits do not divide {n_classes} classes into tasks of two and more: choose one of {choices}")
     order = np.random.default_rng(seed).permutation(n_classes)
     return order.reshape(splits, -1).tolist()
 
 
 def task(half, classes):
     """D_t: the images of these classes (n, 3, h, w) and their labels (n,) as positions in `classes`."""
-    labels = positions(half.labels, [classes], len(half.classes))
-    return half.images[labels >= 0], labels[labels >= 0]
+    _, places = locate(half, [classes])
+    return half.images[places >= 0], places[places >= 0]
 
 
-def positions(labels, tasks, n_classes):
-    """Where each label (n,) stands among the classes of its task, counted from 0; -1 if no task has it."""
-    table = torch.full((n_classes,), -1)
-    for classes in tasks:
-        table[classes] = torch.arange(len(classes))
-    return table[labels]
-
-
-def task_ids(labels, tasks):
-    """The task, counted from 0, that each label (n,) belongs to; the tasks share out all classes."""
-    table = torch.empty(sum(map(len, tasks)), dtype=torch.int64)
+def locate(half, tasks):
+    """The task of each image, task_ids (N,), and the place of its class in that task, (N,): from 0, or -1 if no task has it."""
+    table = torch.full((2, len(half.classes)), -1)
     for t, classes in enumerate(tasks):
-        table[classes] = t
-    return table[labels]
+        table[0, classes], table[1, classes] = t, torch.arange(len(classes))
+    return table[:, half.labels]
 
 
 def hold_out(train):
@@ -505,7 +508,8 @@ def open_run(folder, config):
     found = load_json(path)
     for key in config:
         if found.get(key) != config[key]:
-            raise ValueError(f"{folder} was made with {key} {found.get(key)}, this command has {key} {config[key]}: "
+            earlier, now = (textwrap.shorten(str(value), 60) for value in (found.get(key), config[key]))
+            raise ValueError(f"{folder} was made with {key} {earlier}, this command has {key} {now}: "
                              "repeat the earlier setting or name another folder with --out")
 
 

@@ -25,60 +25,47 @@ import data
 import lora
 from bayespcn import BayesPCN
 from hopfield import Hopfield
+from vit import CONFIGS
 
-# Table 1 of the paper: mean and standard deviation over three seeds, in percent.
+# Tables 1 and A1 of the paper: for each experiment and memory the first columns of COLUMNS, mean and standard deviation over
+# three seeds, in percent.
 PAPER = {
-    ("til", "cifar100", 20): {"faa_gt": "97.29 ± 0.30", "bayespcn": {"faa": "96.50 ± 0.64", "drop": "0.32 ± 0.12"},
-                              "hopfield": {"faa": "97.12 ± 0.44", "drop": "0.0026 ± 0.01"}},
-    ("til", "cifar100", 50): {"faa_gt": "97.79 ± 0.20", "bayespcn": {"faa": "97.24 ± 0.73", "drop": "0.62 ± 0.32"},
-                              "hopfield": {"faa": "97.76 ± 0.47", "drop": "0.04 ± 0.07"}},
-    ("til", "tinyimagenet", 50): {"faa_gt": "91.56 ± 0.48", "bayespcn": {"faa": "90.46 ± 0.35", "drop": "1.16 ± 0.57"},
-                                  "hopfield": {"faa": "91.82 ± 0.28", "drop": "−0.21 ± 0.10"}},
-    ("til", "tinyimagenet", 100): {"faa_gt": "95.09 ± 0.40", "bayespcn": {"faa": "93.28 ± 0.35", "drop": "1.71 ± 0.20"},
-                                   "hopfield": {"faa": "94.77 ± 0.48", "drop": "−0.30 ± 0.19"}},
-    ("mts", "cifar100", 20): {"faa_gt": "97.29 ± 0.30", "task_accuracy": "91.47 ± 0.21",
-                              "hopfield": {"faa_local": "91.34 ± 0.52", "drop": "5.95 ± 0.022"}},
-    ("mts", "cifar100", 50): {"faa_gt": "97.79 ± 0.20", "task_accuracy": "91.42 ± 0.28",
-                              "hopfield": {"faa_local": "94.28 ± 0.15", "drop": "3.50 ± 3.50"}},
-    ("mts", "tinyimagenet", 50): {"faa_gt": "91.56 ± 0.48", "task_accuracy": "84.42 ± 0.49",
-                                  "hopfield": {"faa_local": "83.14 ± 0.16", "drop": "8.35 ± 0.53"}},
-    ("mts", "tinyimagenet", 100): {"faa_gt": "95.09 ± 0.40", "task_accuracy": "83.27 ± 0.18",
-                                   "hopfield": {"faa_local": "88.69 ± 0.57", "drop": "6.47 ± 0.73"}},
+    ("til", "cifar100", 20): {
+        "hopfield": ("97.29 ± 0.30", "97.12 ± 0.44", "0.0026 ± 0.01"), "bayespcn": ("97.29 ± 0.30", "96.50 ± 0.64", "0.32 ± 0.12"),
+        "hopfield --rank 4": ("–", "96.60 ± 0.37", "0.0 ± 0.05"), "hopfield --rank 32": ("–", "96.99 ± 0.01", "0 ± 0.01")},
+    ("til", "cifar100", 50): {
+        "hopfield": ("97.79 ± 0.20", "97.76 ± 0.47", "0.04 ± 0.07"), "bayespcn": ("97.79 ± 0.20", "97.24 ± 0.73", "0.62 ± 0.32"),
+        "hopfield --rank 4": ("–", "97.70 ± 0.51", "−0.03 ± 0.0"), "hopfield --rank 32": ("–", "97.62 ± 0.44", "0.20 ± 0.02")},
+    ("til", "tinyimagenet", 50): {
+        "hopfield": ("91.56 ± 0.48", "91.82 ± 0.28", "−0.21 ± 0.10"), "bayespcn": ("91.56 ± 0.48", "90.46 ± 0.35", "1.16 ± 0.57"),
+        "hopfield --rank 4": ("–", "91.39 ± 0.42", "−0.1 ± 0.24"), "hopfield --rank 32": ("–", "91.64 ± 0.44", "−0.04 ± 0.34")},
+    ("til", "tinyimagenet", 100): {
+        "hopfield": ("95.09 ± 0.40", "94.77 ± 0.48", "−0.30 ± 0.19"), "bayespcn": ("95.09 ± 0.40", "93.28 ± 0.35", "1.71 ± 0.20"),
+        "hopfield --rank 4": ("–", "94.94 ± 0.59", "0.09 ± 0.31"), "hopfield --rank 32": ("–", "95.09 ± 0.47", "0.13 ± 0.47")},
+    ("mts", "cifar100", 20): {"hopfield": ("91.47 ± 0.21", "97.29 ± 0.30", "91.34 ± 0.52", "5.95 ± 0.022")},
+    ("mts", "cifar100", 50): {"hopfield": ("91.42 ± 0.28", "97.79 ± 0.20", "94.28 ± 0.15", "3.50 ± 3.50")},
+    ("mts", "tinyimagenet", 50): {"hopfield": ("84.42 ± 0.49", "91.56 ± 0.48", "83.14 ± 0.16", "8.35 ± 0.53")},
+    ("mts", "tinyimagenet", 100): {"hopfield": ("83.27 ± 0.18", "95.09 ± 0.40", "88.69 ± 0.57", "6.47 ± 0.73")},
 }
 
-# Table A1: FAA_TIL(H) and D_TIL(H) at other ranks than 8.
-PAPER_RANKS = {
-    ("cifar100", 20): {4: ("96.60 ± 0.37", "0.0 ± 0.05"), 32: ("96.99 ± 0.01", "0 ± 0.01")},
-    ("cifar100", 50): {4: ("97.70 ± 0.51", "−0.03 ± 0.0"), 32: ("97.62 ± 0.44", "0.20 ± 0.02")},
-    ("tinyimagenet", 50): {4: ("91.39 ± 0.42", "−0.1 ± 0.24"), 32: ("91.64 ± 0.44", "−0.04 ± 0.34")},
-    ("tinyimagenet", 100): {4: ("94.94 ± 0.59", "0.09 ± 0.31"), 32: ("95.09 ± 0.47", "0.13 ± 0.47")},
+CONTROLS = {"linear": "linear", "mean": "mean", "wrong": "wrong", "none": "none"}
+COLUMNS = {
+    "til": {"faa_gt": "FAA_GT", "faa": "FAA(M)", "drop": "D(M)", "recall_error": "error", **CONTROLS},
+    "mts": {"task_accuracy": "Task Acc", "faa_gt": "FAA_GT", "faa_local": "local", "drop": "D(M)", "faa_strict": "strict",
+            "drop_ids": "D, tasks", "drop_recall": "D, recall", **CONTROLS},
 }
-PAPER |= {("til", *experiment, rank): {"hopfield": {"faa": faa, "drop": drop}}
-          for experiment, ranks in PAPER_RANKS.items() for rank, (faa, drop) in ranks.items()}
-
-MEMORIES = ("hopfield", "bayespcn", "bayespcn-joint", "disk")               # the order of the columns; others follow
-CONTROLS = {"none": "control: no adapter", "wrong": "control: wrong adapter", "mean": "control: mean adapter",
-            "linear": "control: linear head"}
-ROWS = {
-    "til": {"faa_gt": "FAA_GT", "faa": "FAA_TIL(M)", "drop": "D_TIL(M)", **CONTROLS, "recall_error": "recall error"},
-    "mts": {"task_accuracy": "Task Acc", "faa_gt": "FAA_GT", "faa_local": "FAA_MTS(M), local", "faa_strict": "FAA_MTS(M), strict",
-            "drop": "D_MTS(M)", "drop_ids": "of it from wrong tasks", "drop_recall": "of it from recall", **CONTROLS},
-}
-
 DEFINITIONS = {"til": """\
-FAA          final average accuracy: the mean over tasks of the accuracy on the task's test images, percent
-FAA_GT       with the adapters theta_t as trained (from disk); FAA_TIL(M) with those recalled by the memory M
-D_TIL(M)     FAA_GT - FAA_TIL(M): what recall costs, in points
-controls     the task's head with no adapter, with the previous task's, with the mean of all; and a head trained alone,
-             without adapter, on the frozen features
-recall error |theta_hat - theta| / |theta| on the part that was not in the key, mean over tasks""", "mts": """\
-Task Acc     share of all test images whose task is predicted right, percent
-FAA_GT       as in TIL: told the right task, with the adapters as trained
-local        an answer is right if the class has the right place within its task, whichever task was predicted; with n classes
-             a task, a wrong task still gives the right place in 1 of n cases, so FAA_MTS can exceed Task Acc, as in the paper
-strict       an answer is right if task and class are: class-incremental accuracy
-D_MTS(M)     FAA_GT - FAA_MTS(M) local; from recall: FAA_GT - FAA_TIL(M), told the right tasks; from wrong tasks: the rest
-controls     local, with the predicted tasks, and the adapters and heads as in TIL"""}
+FAA      final average accuracy: the mean over tasks of the accuracy on the task's test images, percent; FAA_GT with the
+         adapters theta_t as trained, FAA(M) with those that the memory M recalls
+D(M)     FAA_GT - FAA(M): what recall costs, in points
+error    |theta_hat - theta| / |theta| on the part that was not in the key, mean over tasks""", "mts": """\
+Task Acc share of all test images whose task is predicted right, percent; FAA_GT as in TIL, told the right task
+local    FAA(M), where an answer is right if the class has the right place within its task, whichever task was predicted
+strict   FAA(M), where an answer is right if task and class are: class-incremental accuracy
+D(M)     FAA_GT - local; of it D, tasks through wrong tasks and D, recall through recall, told the right tasks"""}
+EVERYWHERE = """\
+controls FAA of a head that was trained alone, on the frozen features (linear), and of the task's head with the mean of all
+         adapters (mean), with the previous task's (wrong) and with no adapter (none); in MTS local, with the predicted tasks"""
 
 
 def accuracy(logits, labels):
@@ -117,63 +104,85 @@ def smallest_weight(memory, keys):
 
 # ---- tables ------------------------------------------------------------------------------------------------------------------
 
+def options(result):
+    """What followed --memory on the command line of a result: the memory, and the options that are not the default."""
+    usual = data.defaults(result["dataset"]) | {"rank": 8, "epochs": 3, "shared_init": False, "validate": False}
+    usual |= {"image_size": CONFIGS[result["backbone"]].image_size}
+    given = result | {f"predictor_{name}": value for name, value in result.get("predictor", {}).items()}
+    words = [result["memory"].replace("-joint", " --bpcn-read joint")]
+    for name, value in usual.items():
+        if given.get(name, value) != value:
+            words.append(f"--{name.replace('_', '-')}" + (f" {given[name]}" if value is not False else ""))
+    return " ".join(words)
+
+
 def number(values, digits=2):
-    """'mean +- standard deviation (n)' of a list of numbers; a single one has no deviation."""
+    """'mean +- standard deviation' of a list of numbers; a single one has no deviation."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread} ({len(values)})"
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def paper_number(result, row):
-    """The paper's cell for this run's setting, data set, splits, rank and memory, or '-'."""
-    experiment = (result["setting"], result["dataset"], result["splits"])
-    paper = PAPER.get(experiment if result["rank"] == 8 else (*experiment, result["rank"]), {})
-    return paper.get(row) or paper.get(result["memory"].split("-")[0], {}).get(row, "–")
+def cell(runs, column):
+    """One figure of a table, over the seeds."""
+    values = [run["controls"][column] if column in CONTROLS else run[column] for run in runs]
+    return number([value["mean"] for value in values], 4) if column == "recall_error" else number(values)
 
 
-def cell(result, row):
-    """One figure of a run's JSON."""
-    return result["controls"][row] if row in result["controls"] else result[row]["mean"] if row == "recall_error" else result[row]
-
-
-def provenance(name, runs):
-    """One line on where the figures of a memory come from; times and memory are means over the seeds."""
+def provenance(label, runs):
+    """One line on what the figures of a row cost: means over the seeds."""
     def mean(key):
         return statistics.mean(run[key] for run in runs)
-    seeds = ", ".join(str(run["seed"]) for run in runs)
-    return (f"{name}: seed {seeds}; {runs[0]['device']}; training {mean('train_seconds'):.0f} s "
-            f"({mean('images_per_second'):,.0f} images/s), run with this memory {mean('wall_seconds'):.0f} s, "
-            f"peak memory {mean('peak_memory_bytes') / 1e9:.1f} GB; weights {runs[0]['weights']}")
+    trained = {"til": "adapters", "mts": "predictor"}[runs[0]["setting"]]
+    return (f"- {label}: {runs[0]['device']}; {trained} trained in {mean('train_seconds'):.0f} s, {mean('images_per_second'):,.0f} images/s; "
+            f"this command took {mean('wall_seconds'):.0f} s and {mean('peak_memory_bytes') / 1e9:.1f} GB; weights {runs[0]['weights']}")
 
 
-TITLE = ("dataset", "splits", "backbone", "image_size", "rank", "shared_init", "validate")      # what the title of a table names
-SAME = ("epochs", "batch_size", "lr", "weight_decay", "weights", "train_data", "test_data")     # and what else its runs share
+def place(row):
+    """Where a row ((label, ...), runs) stands in its table: the defaults first, Hopfield before other memories."""
+    (label, _), (run, *_) = row
+    network = [run.get(name, False) for name in ("backbone", "image_size", "shared_init", "rank")]
+    return label.replace(" --bpcn-read joint", "").count("--"), *network, run["memory"] != "hopfield", label
 
 
-def report(results):
-    """Markdown tables of til-*.json and mts-*.json contents: one for each experiment, seeds averaged, memories side by side.
+SAME = ("lr", "weight_decay", "weights", "train_data", "test_data")         # what the seeds of a row share, beside the options
 
-    Raises ValueError if one experiment comes twice with the same seed.
+
+def report(results, whole=False):
+    """Markdown tables of til-*.json and mts-*.json contents, a table for each experiment, a row for each command, averaged over the
+    seeds, with the paper's row below it; the paper's other rows follow. `whole`: with all experiments of the paper.
+
+    Raises ValueError if one command comes twice with the same seed.
     """
-    groups, lines = {}, []
-    for result in sorted(results, key=lambda result: result["setting"], reverse=True):                  # TIL first
-        predictor = [result.get("predictor", {}).get(name) for name in ("epochs", "batch_size", "lr")]
-        key = (*(result.get(name, False) for name in TITLE), str([[result[name] for name in SAME], predictor]), result["setting"])
-        runs = groups.setdefault(key, {}).setdefault(result["memory"], [])
+    experiments = {experiment: {} for experiment in PAPER} if whole else {}
+    for result in results:
+        rows = experiments.setdefault(tuple(result[name] for name in ("setting", "dataset", "splits")), {})
+        runs = rows.setdefault((options(result), str([result[name] for name in SAME])), [])
         if any(run["seed"] == result["seed"] for run in runs):
-            raise ValueError(f"two results of seed {result['seed']} for {key[:3]}, {result['memory']}: name one of the folders")
+            raise ValueError(f"two results of seed {result['seed']} for {result['setting']}.py --dataset {result['dataset']} --splits "
+                             f"{result['splits']} --memory {options(result)}: name one of the folders")
         runs.append(result)
-    for key, memories in sorted(groups.items(), key=lambda item: item[0][:len(TITLE)]):
-        (dataset, splits, backbone, size, rank, shared, validate), setting = key[:len(TITLE)], key[-1]
-        memories = {name: memories[name] for name in sorted(memories, key=lambda name: (*MEMORIES, name).index(name))}
-        more = ", shared initialisation" * shared + ", on held-out training images" * validate
-        lines += [f"{setting.upper()}: {dataset}, {splits} splits, {backbone}, {size} px, rank {rank}{more}", ""]
-        lines += ["| | " + " | ".join(f"M = {name} | paper" for name in memories) + " |", "|---" * (1 + 2 * len(memories)) + "|"]
-        for row, label in ROWS[setting].items():
-            cells = [f"{number([cell(r, row) for r in runs], 4 if row == 'recall_error' else 2)} | {paper_number(runs[0], row)}"
-                     for runs in memories.values()]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        lines += ["", *(provenance(name, runs) for name, runs in memories.items()), ""]
-    return "\n".join([*lines, *(DEFINITIONS[setting] for setting in ROWS if any(key[-1] == setting for key in groups))])
+    lines = []
+    for experiment, rows in sorted(experiments.items(), key=lambda item: (item[0][0] == "mts", not item[1], item[0])):
+        setting, dataset, splits = experiment
+        paper, columns = dict(PAPER.get(experiment, {})), COLUMNS[setting]
+        table, costs = [["M", "seeds", *columns.values()]], []
+        for (label, _), runs in sorted(rows.items(), key=place):
+            table.append([f"`{label}`", " ".join(str(run["seed"]) for run in runs), *(cell(runs, column) for column in columns)])
+            costs.append(provenance(label, runs))
+            if label in paper:
+                table.append(["paper", "3 seeds", *paper.pop(label)])
+        table += [[f"paper, `{label}`", "3 seeds", *figures] for label, figures in paper.items()]
+        lines += [f"{setting.upper()}: `python {setting}.py --dataset {dataset} --splits {splits} --memory M`" + ": not measured" * (not rows), ""]
+        lines += [markdown(table), *costs, *[""] * bool(costs)]
+    return "\n".join([*lines, *(DEFINITIONS[setting] for setting in COLUMNS if any(name == setting for name, *_ in experiments)), EVERYWHERE])
+
+
+def markdown(rows):
+    """Rows of cells as a Markdown table that is aligned as plain text, too; the first row is the head, missing cells are empty."""
+    rows = [[*row, *[""] * (len(rows[0]) - len(row))] for row in rows]
+    first, *widths = (max(3, *map(len, column)) for column in zip(*rows))
+    rows.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in widths)])
+    return "".join("| " + " | ".join([row[0].ljust(first), *map(str.rjust, row[1:], widths)]) + " |\n" for row in rows)
 
 
 def read_runs(folders):
@@ -192,7 +201,7 @@ def read_runs(folders):
             except (KeyError, TypeError, AttributeError):
                 raise ValueError(f"{path} is not a result of this version: remove it and run the command again") from None
     if not results:
-        raise ValueError("no til-*.json or mts-*.json in these folders: run til.py or mts.py first")
+        raise ValueError("no til-*.json or mts-*.json in these folders: name run folders (runs/*), or run til.py or mts.py first")
     return results
 
 
@@ -267,13 +276,6 @@ def confusion(true, predicted, n):
     """(n, n): the share of the items of each true class (row) that was predicted as each class (column)."""
     counts = torch.bincount(n * true + predicted, minlength=n * n).view(n, n).double()
     return counts / counts.sum(1, keepdim=True)
-
-
-def columns(lines):
-    """Lines of cells between | as text: the first column to the left, the others to the right."""
-    rows = [line.split("|") for line in lines]
-    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
-    return "".join(f"{row[0]:{widths[0]}}" + "".join(map(str.rjust, row[1:], widths[1:])) + "\n" for row in rows)
 
 
 class Files:
@@ -373,9 +375,6 @@ def bench_memory(memory, thetas, counts, label):
     return rows
 
 
-HEAD = "P = {P:,}|T|write ms|read ms|alone ms|MB|error: mean|first|last|max"
-ROW = "{memory} {hidden}|{T}|{write_ms:.1f}|{read_ms:.1f}|{alone_ms:.1f}|{MB:.1f}|{mean:.4f}|{first:.4f}|{last:.4f}|{max:.4f}"
-LITERAL = "{memory} {hidden}, T = {T}: {speedup:.0f} x literal (write {literal_write_ms:,.0f}, read {literal_read_ms:,.0f} ms)"
 LEGEND = """\
 write     ms per item since the T above; read: all keys as one batch, ms per item; alone: at most 10 keys, one by one
 error     |theta_hat - theta|^2 / |theta|^2 on the part that was not in the key; first and last in the order of writing
@@ -385,9 +384,16 @@ literal   the descent in full width, without Gram matrix, timed on one write (ag
 
 def bench_table(rows):
     """The rows of one P as text."""
-    cells = [ROW.format(**row | {"MB": row["bytes"] / 1e6, "hidden": row["hidden"] or ""}) for row in rows]
-    literal = [LITERAL.format(**row) + "\n" for row in rows if "speedup" in row]
-    return "".join([columns([HEAD.format(P=rows[0]["P"]), *cells]), "\n", *literal])
+    table = [[f"P = {rows[0]['P']:,}", "T", "write ms", "read ms", "alone ms", "MB", "error: mean", "first", "last", "max"]]
+    literal = []
+    for row in rows:
+        name = row["memory"] + (f", H = {row['hidden']}" if row["hidden"] else "")
+        table.append([name, str(row["T"]), *(f"{row[key]:.1f}" for key in ("write_ms", "read_ms", "alone_ms")),
+                      f"{row['bytes'] / 1e6:.1f}", *(f"{row[key]:.4f}" for key in ("mean", "first", "last", "max"))])
+        if "speedup" in row:
+            literal.append(f"- {name}, T = {row['T']}: {row['speedup']:.0f} x literal (write {row['literal_write_ms']:,.0f}, "
+                           f"read {row['literal_read_ms']:,.0f} ms)\n")
+    return "\n".join([markdown(table), "".join(literal)])
 
 
 def bench(words):
@@ -440,7 +446,7 @@ def load_run(run):
         raise ValueError(f"{run} does not hold config and all adapters of a run ({error}): finish it with til.py") from None
 
 
-def classifier(config, heads, args):
+def classify_with(config, heads, args):
     """A function that gives FAA in percent over the first n tasks of a run, classified with theta_hat (n, P).
 
     Raises ValueError if the weights or the data set are others than the run's.
@@ -509,12 +515,13 @@ def probe_rows(thetas, generator, classify=None, device="cpu"):
 
 def probe_table(rows):
     """Mean recall errors, Hopfield's smallest weight and, where it was measured, FAA as text."""
-    names, lines = {"hopfield": 4, "smallest_weight": 4, **dict.fromkeys(READS, 4)}, []
+    names = {"hopfield": 4, "smallest_weight": 4, **dict.fromkeys(READS, 4)}
     names |= {f"{name}_faa": 2 for name in ("hopfield", *READS) if f"{name}_faa" in rows[0]}
+    table = [["recall error", *(name.replace("_faa", ", FAA").replace("_", " ") for name in names)]]
     for row in rows:
         cells = [f"{row[name]:.{digits}f}" if row.get(name) is not None else "–" for name, digits in names.items()]
-        lines.append("|".join([f"{row['probe']} {row['level']}", *cells]))
-    return columns(["|".join(("recall error", *(name.replace("_faa", " FAA") for name in names))), *lines])
+        table.append([f"{row['probe']} {row['level']}", *cells])
+    return markdown(table)
 
 
 def with_beta(hopfield, beta):
@@ -549,7 +556,7 @@ def probe(words):
     args = parser.parse_args(words)
     check_device(args.device)
     config, thetas, heads = load_run(args.run)
-    classify = classifier(config, heads, args) if args.faa else None
+    classify = classify_with(config, heads, args) if args.faa else None
     rows, hopfield = probe_rows(thetas, data.generator(config["seed"]), classify, args.device)
     out = args.out or args.run
     data.save_json(out / "probe.json", {"config": config, "P": thetas.shape[1], "versions": VERSIONS, "rows": rows})
@@ -600,16 +607,15 @@ def speed_row(backbone, image_size, rank, batch_size, plain, device, steps=30, r
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None, "evaluation": evaluation}
 
 
-SPEED_HEAD = "batches of {batch_size}|px|r|images/s|min|max|MFU %|GB|evaluation images/s"
-SPEED_ROW = "{backbone}{mode}|{image_size}|{rank}|{images_per_second:,.0f}|{min:,.0f}|{max:,.0f}|{share}|{GB}|{evaluation:,.0f}"
-
-
 def speed_table(rows):
     """The rows as text."""
-    cells = [SPEED_ROW.format(**row, mode=" --plain" if row["plain"] and row["mfu"] else "",
-                              share="–" if row["mfu"] is None else f"{100 * row['mfu']:.1f}",
-                              GB="–" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.1f}") for row in rows]
-    return columns([SPEED_HEAD.format(**rows[0]), *cells])
+    table = [[f"batches of {rows[0]['batch_size']}", "px", "rank", "images/s", "min", "max", "MFU %", "GB", "evaluation images/s"]]
+    for row in rows:
+        gpu = row["peak_memory_bytes"] is not None
+        table.append([row["backbone"] + " --plain" * (row["plain"] and gpu), str(row["image_size"]), str(row["rank"]),
+                      *(f"{row[name]:,.0f}" for name in ("images_per_second", "min", "max")), f"{100 * row['mfu']:.1f}" if row["mfu"] else "–",
+                      f"{row['peak_memory_bytes'] / 1e9:.1f}" if gpu else "–", f"{row['evaluation']:,.0f}"])
+    return markdown(table)
 
 
 def speed(words):
@@ -633,7 +639,9 @@ def tables(words):
     """The paper's tables over finished runs."""
     parser = data.Parser("python evaluate.py runs/*   More: bench -h, probe -h, speed -h", tables.__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders; or `bench`, `probe` or `speed`, other commands")
-    print(report(read_runs(parser.parse_args(words).runs)))
+    parser.add_argument("--paper", action="store_true", help="also the experiments of the paper that are not among them")
+    args = parser.parse_args(words)
+    print(report(read_runs(args.runs), args.paper))
 
 
 COMMANDS = {"bench": bench, "probe": probe, "speed": speed}

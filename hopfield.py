@@ -50,12 +50,11 @@ class Hopfield:
         return torch.cat([key, value.to(key.dtype)], dim=-1)                 # (..., P)
 
     def state_dict(self):
-        """Everything stored, as plain tensors and numbers."""
-        return {"beta": self.beta, "K": self.K, "V": self.V}
+        """Everything stored, as plain tensors; beta is not of it, but the reader's choice."""
+        return {"K": self.K, "V": self.V}
 
     def load_state_dict(self, state):
-        """Takes over what state_dict gave. Raises ValueError if beta is no number or K and V do not fit together."""
-        self.__init__(float(state["beta"]))
+        """Takes over what state_dict gave. Raises ValueError if K and V do not fit together."""
         K, V = state["K"], state["V"]
         if not (K is V is None or K.ndim == V.ndim == 2 and K.shape[1] == V.shape[1] and K.is_floating_point() and V.is_floating_point()):
             raise ValueError("K and V must be two matrices with one column for each stored item")

@@ -9,6 +9,7 @@ those of til.py, in the same run folder; theta_0 is never written to a memory.
     python mts.py --predict cat.png                                       # Algorithm 4 on a picture of one's own
 """
 import time
+from types import SimpleNamespace
 
 import torch
 
@@ -18,16 +19,16 @@ import lora
 import til
 from til import features
 
-LR, EPOCHS = 0.002, 10                                                       # of the task predictor; paper, A.2
+LR = 0.002                                                                   # of the task predictor; paper, A.2
 
 
 # ---- the two algorithms --------------------------------------------------------------------------------------------------
 
 def mts_training(run):
     """Algorithm 3: the task predictor (theta_0 and its head), the memory M_T, and the task keys K_T of a til.Run."""
-    images, task_ids = run.train.images, data.task_ids(run.train.labels, run.tasks)      # 3: all D_t at once
-    predictor = learn_predictor(run, images, task_ids)                       # 4
-    memory, keys = run.memory()                                              # 5 to 11: as Algorithm 1
+    task_ids, _ = data.locate(run.train, run.tasks)                          # 3: all D_t at once
+    predictor = learn_predictor(run, run.train.images, task_ids)             # 4
+    memory, keys = run.til_training()                                        # 5 to 11: as Algorithm 1
     return predictor, memory, keys                                           # 12
 
 
@@ -106,15 +107,9 @@ def load_predictor(run, path, settings, classifier, generator):
 
 # ---- evaluation --------------------------------------------------------------------------------------------------------------
 
-class Always:
-    """A memory that recalls the same theta (P,) whatever it is asked: the controls."""
-
-    def __init__(self, theta):
-        self.theta = theta
-
-    def read(self, key):
-        """theta (P,)."""
-        return self.theta
+def always(theta):
+    """A memory that recalls the same theta (P,) whatever it is asked: for the controls."""
+    return SimpleNamespace(read=lambda key: theta)
 
 
 def assess(run, predictor, memory, keys):
@@ -123,19 +118,18 @@ def assess(run, predictor, memory, keys):
     task: the task is right; local: the class is, counted within the task; strict: both. gt and recalled: local, told the
     true tasks, with the adapters as trained and as recalled. The controls are local, with the predicted tasks.
     """
-    images, task_ids = run.test.images, data.task_ids(run.test.labels, run.tasks)
-    places = data.positions(run.test.labels, run.tasks, len(run.test.classes))
+    images, (task_ids, places) = run.test.images, data.locate(run.test, run.tasks)
     adapters = [run.adapter(t) for t in range(1, len(run.tasks) + 1)]
     heads, thetas = [a["head"] for a in adapters], torch.stack([a["theta"] for a in adapters])
     disk = til.Disk()
     for theta in thetas:
         disk.write(*lora.split_key(theta))
     t_hat, logits = mts_inference(run.vit, predictor, heads, images, keys, memory)
-    lists, none = evaluate.switching_hits(t_hat, logits, task_ids, places), Always(torch.zeros_like(thetas[0]))
+    lists, none = evaluate.switching_hits(t_hat, logits, task_ids, places), always(torch.zeros_like(thetas[0]))
     for name, heads_, keys_, memory_, tasks in (
             ("gt", heads, keys, disk, task_ids), ("recalled", heads, keys, memory, task_ids),
             ("none", heads, keys, none, t_hat), ("wrong", heads, keys[-1:] + keys[:-1], disk, t_hat),
-            ("mean", heads, keys, Always(thetas.mean(0)), t_hat), ("linear", [*til.linear_heads(run, range(len(keys)))], keys, none, t_hat)):
+            ("mean", heads, keys, always(thetas.mean(0)), t_hat), ("linear", [*til.linear_heads(run, range(len(keys)))], keys, none, t_hat)):
         _, logits = mts_inference(run.vit, predictor, heads_, images, keys_, memory_, tasks)
         lists[name] = evaluate.switching_hits(tasks, logits, task_ids, places)["local"]
     return lists, t_hat
@@ -148,9 +142,9 @@ def results(run):
     written = time.perf_counter()
     lists, t_hat = assess(run, predictor, memory, keys)
     faa = {key: evaluate.faa(values) for key, values in lists.items()}
-    task_ids = data.task_ids(run.test.labels, run.tasks)
+    task_ids, _ = data.locate(run.test, run.tasks)
     content = {
-        "setting": "mts", "memory": run.memory_name, **run.config, "class_order": run.tasks, "memory_bytes": memory.nbytes,
+        "setting": "mts", "memory": run.memory_name, **run.config, "memory_bytes": memory.nbytes,
         "predictor": predictor["settings"] | {key: predictor[key] for key in ("loss", "accuracy", "seconds")},
         "task_accuracy": 100 * (t_hat == task_ids).double().mean().item(),
         "faa_gt": faa["gt"], "faa": faa["recalled"], "faa_local": faa["local"], "faa_strict": faa["strict"],
@@ -180,11 +174,7 @@ def main():
     parser = data.Parser("python mts.py --dataset tinyimagenet --splits 50 --memory bayespcn", "Multi-task switching (Algorithms 3 and 4).")
     parser.add_argument("--predictor-epochs", type=int, help="epochs of the task predictor (default: 5 for glyphs, else 10)")
     parser.add_argument("--predictor-batch-size", type=int, help="default: 16 for glyphs, else 128")
-    args = til.parse(parser)
-    for option, glyphs, other in (("predictor_epochs", 5, EPOCHS), ("predictor_batch_size", 16, 128)):
-        if getattr(args, option) is None:
-            setattr(args, option, glyphs if args.dataset == "glyphs" else other)
-    til.launch(args, results, predict)
+    til.launch(til.parse(parser), results, predict)
 
 
 if __name__ == "__main__":

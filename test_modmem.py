@@ -321,7 +321,7 @@ def test_hopfield_state_bytes_and_errors(tmp_path):
     assert memory.nbytes == 4 * 6 * 80
     data.save_tensors(tmp_path / "m.pt", memory.state_dict())
     again.load_state_dict(data.load_tensors(tmp_path / "m.pt"))
-    assert torch.equal(again.read(keys), memory.read(keys))
+    assert torch.equal(again.K, memory.K) and torch.equal(again.V, memory.V) and again.beta == 25      # of the reader, not of the file
     for key, value, words in ((torch.ones(29), values[0], "key has 29"), (keys[0], torch.ones(51), "value has 51"),
                               (keys[0] * torch.nan, values[0], "finite"), (keys[0], values[0].long(), "floating")):
         with pytest.raises(ValueError, match=words):
@@ -954,7 +954,7 @@ def test_every_memory_keeps_the_contract(name, tmp_path):
     again.load_state_dict(data.load_tensors(tmp_path / "m.pt")["memory"])
     for theta in thetas:
         key, _ = lora.split_key(theta)
-        assert (memory.read(key) - theta).norm() < 0.1 * theta.norm() and torch.equal(memory.read(key), again.read(key))
+        assert (memory.read(key) - theta).norm() < 0.5 * theta.norm() and torch.equal(memory.read(key), again.read(key))
     assert memory.read(key).shape == (500,) and memory.nbytes == again.nbytes > 0
 
 
@@ -980,7 +980,7 @@ def test_the_main_job_on_a_small_cifar100(cifar, tmp_path):
     bayespcn = json.loads((folder / "til-bayespcn.json").read_text())
     assert 0 < bayespcn["recall_error"]["max"] < 0.3 and bayespcn["faa_gt"] == result["faa_gt"]
     code, out, err = command(evaluate.main, *tmp_path.iterdir())
-    assert code == 0 and "M = disk" in out and "M = bayespcn" in out and f"{result['faa_gt']:.2f}"[:2] in out and "(2)" in out
+    assert code == 0 and "| `disk --" in out and "| `bayespcn --" in out and out.count(" 0 1 |") == 2
     code, out, err = command(til.main, *words, "--rank", 8, "--epochs", 2)
     assert code == 2 and "epochs 3" in err and "epochs 2" in err
     picture = tmp_path / "p.png"
@@ -1039,7 +1039,7 @@ def test_a_loss_that_is_not_finite_is_named(tiny):
 
 
 @pytest.mark.parametrize("words, said", [
-    (("--splits", 7), "do not divide"), (("--splits", 0), "at least 1"), (("--splits", "x"), "invalid int"),
+    (("--splits", 7), "do not divide"), (("--splits", 100), "two and more"), (("--splits", 0), "at least 1"), (("--splits", "x"), "invalid int"),
     (("--dataset", "mnist"), "mnist"), (("--memory", "brain"), "brain"), (("--backbone", "resnet"), "resnet"),
     (("--weights", "no/such.pt"), "no/such.pt"), (("--image-size", 17), "positive multiple of the patch"), (("--image-size", -8), "image size -8"),
     (("--rank", 0), "--rank"), (("--seeds", -1), "--seeds"), (("--seeds", 1, 1), "--seeds"), (("--epochs", 0), "--epochs"), (("--batch-size", -1), "--batch-size"), (("--nonsense",), "nonsense"),
@@ -1071,9 +1071,10 @@ def test_without_network_and_data_one_line_says_what_to_do(tmp_path):
 # ---- mts.py ----------------------------------------------------------------------------------------------------------------
 
 def test_labels_as_tasks_and_places_within_them():
-    labels, tasks = torch.tensor([0, 1, 2, 3, 4, 5]), [[4, 0], [1, 5], [3, 2]]
-    assert data.task_ids(labels, tasks).tolist() == [0, 1, 2, 2, 0, 1]
-    assert data.positions(labels, tasks, 6).tolist() == [1, 0, 1, 0, 0, 1]
+    half = data.Images(None, torch.tensor([5, 0, 1, 2, 3, 4]), [*"abcdef"])
+    task_ids, places = data.locate(half, [[4, 0], [1, 5], [3, 2]])
+    assert task_ids.tolist() == [1, 0, 1, 2, 2, 0] and places.tolist() == [1, 1, 0, 1, 0, 0]
+    assert data.locate(half, [[4, 0]]).tolist() == [[-1, 0, -1, -1, -1, 0], [-1, 1, -1, -1, -1, 0]]
 
 
 class Fixed(nn.Module):
@@ -1154,7 +1155,7 @@ def test_mts_on_a_small_cifar100(cifar, tmp_path, monkeypatch):
     stored = (folder / "hopfield.pt").read_bytes()
     words += "--predictor-epochs", 3, "--predictor-batch-size", 32
     code, out, err = command(mts.main, *words)
-    assert code == 0 and "| Task Acc |" in out and "91.47 ± 0.21" in out and "task   1/20" not in out, err
+    assert code == 0 and " Task Acc |" in out and "91.47 ± 0.21" in out and "task   1/20" not in out, err
     result = json.loads((folder / "mts-hopfield.json").read_text())
     assert result["faa_gt"] == result["faa"] == json.loads((folder / "til-hopfield.json").read_text())["faa_gt"]
     assert result["drop"] == pytest.approx(result["drop_ids"]) and result["drop_recall"] == 0
@@ -1201,7 +1202,7 @@ def test_metrics_by_hand():
     assert evaluate.faa([50.0, 100.0, 75.0]) == 75
     theta, theta_hat = torch.tensor([9.0, 3.0, 4.0]), torch.tensor([0.0, 3.0, 3.0])
     assert evaluate.recall_error(theta_hat, theta, 1) == pytest.approx(0.2)
-    assert evaluate.number([1.0, 3.0]) == "2.00 ± 1.41 (2)" and evaluate.number([1.5]) == "1.50 (1)"
+    assert evaluate.number([1.0, 3.0]) == "2.00 ± 1.41" and evaluate.number([1.5]) == "1.50"
 
 
 class Quick(BayesPCN):
@@ -1322,14 +1323,34 @@ def test_a_result_that_is_broken_is_named(tmp_path):
     assert code == 2 and "til-hopfield.json is damaged" in err           # whoever edits a figure does not write the checksum
     with pytest.raises(ValueError, match="two results of seed 0"):
         evaluate.report([result, result])
-    assert evaluate.report([result, result | {"epochs": 9, "seed": 1}]).count("FAA_GT |") == 2       # not averaged
-    rank_4 = result | {"dataset": "tinyimagenet", "splits": 50, "rank": 4}
-    assert "91.39 ± 0.42" in evaluate.report([rank_4]) and "91.39" not in evaluate.report([rank_4 | {"rank": 5}, rank_4 | {"rank": 8}])
-    assert "M = hopfield | paper | M = other | paper" in evaluate.report([result | {"memory": "other"}, result])
+    for other in ({"epochs": 9}, {"weights": "00000000"}, {"rank": 4}, {"validate": True}):          # not averaged
+        assert evaluate.report([result, result | other | {"seed": 1}]).count(f"{result['faa_gt']:.2f} ") > 1
+        assert "±" not in evaluate.report([result, result | other | {"seed": 1}])
+    rank_4 = result | {"dataset": "tinyimagenet", "splits": 50, "rank": 4, "backbone": "dinov2_vits14", "image_size": 112, "batch_size": 64}
+    ours, paper = evaluate.report([rank_4]).splitlines()[4:6]
+    assert "`hopfield --rank 4`" in ours and paper.startswith("| paper  ") and "91.39 ± 0.42" in paper
+    lines = evaluate.report([result | {"memory": "other"}, result | {"rank": 4}, result]).splitlines()
+    assert [line.split("`")[1] for line in lines if line.startswith("| `")] == ["hopfield", "other", "hopfield --rank 4"]
+
+
+@pytest.mark.parametrize("path", sorted((HERE / "results").glob("*s-*/*.json")), ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_row_of_the_tables_names_the_command_that_gave_it(path, monkeypatch):
+    result = data.load_json(path)
+    words = ["--dataset", result["dataset"], "--splits", result["splits"], "--memory", *evaluate.options(result).split()]
+    monkeypatch.setattr(sys, "argv", [f"{result['setting']}.py", *map(str, words)])
+    parsed = []
+    monkeypatch.setattr(til, "launch", lambda args, *_: parsed.append(args))
+    (til if result["setting"] == "til" else mts).main()
+    args, predictor = parsed[0], result.get("predictor", {})
+    for name in ("dataset", "splits", "backbone", "rank", "epochs", "batch_size", "shared_init", "validate"):
+        assert getattr(args, name) == result[name]
+    assert args.image_size in (None, result["image_size"]) and (args.image_size or substrate.CONFIGS[args.backbone].image_size) == result["image_size"]
+    assert args.memory == result["memory"].split("-")[0] and (args.bpcn_read == "joint") == result["memory"].endswith("-joint")
+    assert all(getattr(args, f"predictor_{name}") == predictor[name] for name in ("epochs", "batch_size") if predictor)
 
 
 def test_the_tables_of_the_readme_are_the_results():
-    tables = evaluate.report(evaluate.read_runs(sorted((HERE / "results").iterdir())))
+    tables = evaluate.report(evaluate.read_runs(sorted((HERE / "results").iterdir())), whole=True)
     assert tables.split("FAA  ")[0].strip() in README
     bench, gpu, probe, speed = (data.load_json(HERE / "results" / name)["rows"] for name in (
         "bench-cpu.json", "bench-cuda.json", "probe/probe.json", "speed-cuda.json"))

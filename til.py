@@ -265,9 +265,9 @@ class Run:
             "rank": args.rank, "shared_init": args.shared_init, "seed": seed, "image_size": self.vit.image_size, "epochs": args.epochs,
             "batch_size": args.batch_size, "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY, "weights": weights,
             "train_images": len(train.labels), "train_data": data.checksum(*train),
-            "test_images": len(test.labels), "test_data": data.checksum(*test)}
+            "test_images": len(test.labels), "test_data": data.checksum(*test), "class_order": self.tasks}
         if args.predict and not (self.folder / f"{args.memory}.pt").exists():
-            raise FileNotFoundError(f"no finished run in {self.folder}: run the same command without --predict first")
+            raise FileNotFoundError(f"there is no {self.folder / args.memory}.pt: run the same command without --predict first")
         self.lock = None if args.predict or RANK > 0 else data.lock(self.folder)
         data.open_run(self.folder, self.config)
 
@@ -317,8 +317,8 @@ class Run:
                   + pace(adapter["images"], adapter["seconds"], (len(self.tasks) - t) / WORLD), flush=True)
         return self.adapter(t)["theta"]
 
-    def memory(self):
-        """The memory M_T and the keys K_T: from the folder if they are there, else by Algorithm 1.
+    def til_training(self):
+        """Algorithm 1, going on from what is in the folder: the memory M_T and the keys K_T.
 
         Processes of torchrun first train every WORLD-th task each; then the first of them finds all in the folder and writes.
         """
@@ -362,13 +362,15 @@ def assess(run, adapters, memory, keys):
         logits = til_inference(run.vit, head, images, keys[t], memory)
         lists["recalled"].append(evaluate.accuracy(logits, labels))
         lists["recall_error"].append(evaluate.recall_error(lora.get(run.vit).cpu(), thetas[t], len(keys[t])))
-        for name, theta in (("gt", thetas[t]), ("wrong", thetas[t - 1]), ("mean", mean), ("none", zero)):
+        for name, theta in (("gt", thetas[t]), ("wrong", thetas[t - 1]), ("mean", mean)):
             if not torch.equal(theta, lora.get(run.vit).cpu()):              # an exact recall need not be classified twice
                 lora.set(run.vit, theta)
-                frozen = features(run.vit, images)                           # that of the last, `none`, has no adapter
-                logits = head(frozen)
+                logits = head(features(run.vit, images))
             lists[name].append(evaluate.accuracy(logits, labels))
-        lists["linear"].append(evaluate.accuracy(linear(frozen), labels))
+        lora.set(run.vit, zero)
+        frozen = features(run.vit, images)
+        for name, classify in (("none", head), ("linear", linear)):
+            lists[name].append(evaluate.accuracy(classify(frozen), labels))
     return gather(lists)
 
 
@@ -389,13 +391,13 @@ def linear_heads(run, ts):
 
 def results(run):
     """Runs Algorithm 1, then Algorithm 2 on all test images; writes and returns til-<memory>.json."""
-    start, (memory, keys) = time.perf_counter(), run.memory()
+    start, (memory, keys) = time.perf_counter(), run.til_training()
     written = time.perf_counter()
     adapters = [run.adapter(t) for t in range(1, len(run.tasks) + 1)]
     lists = assess(run, adapters, memory, keys)
     faa = {key: evaluate.faa(values) for key, values in lists.items()}
     content = {
-        "setting": "til", "memory": run.memory_name, **run.config, "class_order": run.tasks, "memory_bytes": memory.nbytes,
+        "setting": "til", "memory": run.memory_name, **run.config, "memory_bytes": memory.nbytes,
         "faa_gt": faa["gt"], "faa": faa["recalled"], "drop": faa["gt"] - faa["recalled"],
         "controls": {key: faa[key] for key in ("none", "wrong", "mean", "linear")},
         "recall_error": {"mean": faa["recall_error"], "max": max(lists["recall_error"])},
@@ -440,7 +442,7 @@ def predict(run):
     """Algorithm 2 on a picture file: prints the classes of the task by name with their probabilities."""
     t = run.args.task
     image = data.square(data.read_picture(run.args.predict))[None]
-    memory, keys = run.memory()
+    memory, keys = run.til_training()
     print_classes(run, t, til_inference(run.vit, run.adapter(t)["head"], image, keys[t - 1], memory))
 
 
@@ -505,9 +507,9 @@ def parse(parser):
     group = parser.add_argument_group("a picture of one's own")
     group.add_argument("--predict", type=Path, metavar="PICTURE", help="classify this picture with a finished run")
     args = parser.parse_args()
-    small = args.dataset == "glyphs"
-    args.backbone = args.backbone or ("vit_tiny" if small else "dinov2_vits14")
-    args.batch_size = (6 if small else 64) if args.batch_size is None else args.batch_size
+    for option, value in data.defaults(args.dataset).items():
+        if getattr(args, option, value) is None:
+            setattr(args, option, value)
     check_options(args)
     if args.device.startswith("cuda"):
         use_gpu(args)
@@ -533,6 +535,8 @@ def check_options(args):
             raise FileNotFoundError(f"--{option} {path}: there is no such file")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file: it takes the folder for the run folders")
+    if (args.out / "config.json").exists():
+        raise ValueError(f"--out {args.out} is a run folder itself: name the one that it is in")
     if args.predict and len(args.seeds) > 1:
         raise ValueError(f"--predict takes one run, --seeds names {len(args.seeds)}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
