@@ -154,7 +154,7 @@ def report(results, whole=False):
     Raises ValueError if one command comes twice with the same seed.
     """
     experiments = {experiment: {} for experiment in PAPER} if whole else {}
-    for result in results:
+    for result in sorted(results, key=lambda result: result["seed"]):
         rows = experiments.setdefault(tuple(result[name] for name in ("setting", "dataset", "splits")), {})
         runs = rows.setdefault((options(result), str([result[name] for name in SAME])), [])
         if any(run["seed"] == result["seed"] for run in runs):
