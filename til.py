@@ -268,8 +268,12 @@ class Run:
             "test_images": len(test.labels), "test_data": data.checksum(*test), "class_order": self.tasks}
         if args.predict and not (self.folder / f"{args.memory}.pt").exists():
             raise FileNotFoundError(f"there is no {self.folder / args.memory}.pt: run the same command without --predict first")
+        if RANK > 0:
+            wait()                                                           # until the first process has made or found the folder
         self.lock = None if args.predict or RANK > 0 else data.lock(self.folder)
         data.open_run(self.folder, self.config)
+        if RANK == 0:
+            wait()
 
     def adapter(self, t):
         """What train_adapter returned for task t (1..T). Raises ValueError if the file holds something else."""
