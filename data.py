@@ -419,7 +419,7 @@ def lock(folder):
     except OSError as error:
         raise OSError(f"cannot write into {folder} ({error}): see who may write there, or name another folder with --out") from None
     for scratch in folder.rglob(".*.part"):
-        scratch.unlink()
+        scratch.unlink(missing_ok=True)
     return file
 
 
@@ -430,9 +430,15 @@ def turn(folder):
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(open(folder / ".lock", "w")), fcntl.LOCK_EX)
+            file = os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT, 0o666)    # another user's file will do
+            stack.callback(os.close, file)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process at work in {folder}", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
             for scratch in folder.glob(".*.part"):
-                scratch.unlink()
+                scratch.unlink(missing_ok=True)
         yield
 
 
@@ -540,6 +546,9 @@ def run_command(main):
         sys.exit(code)
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:                      # whoever read the output, `head` say, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, FloatingPointError) as error:
         stop(f"error: {error}", 2)
     except (MemoryError, RuntimeError) as error:

@@ -48,7 +48,7 @@ PAPER = {
     ("mts", "tinyimagenet", 100): {"hopfield": ("83.27 ± 0.18", "95.09 ± 0.40", "88.69 ± 0.57", "6.47 ± 0.73")},
 }
 
-CONTROLS = {"linear": "linear", "mean": "mean", "wrong": "wrong", "none": "none"}
+CONTROLS = {name: name for name in ("linear", "mean", "wrong", "none")}
 COLUMNS = {
     "til": {"faa_gt": "FAA_GT", "faa": "FAA(M)", "drop": "D(M)", "recall_error": "error", **CONTROLS},
     "mts": {"task_accuracy": "Task Acc", "faa_gt": "FAA_GT", "faa_local": "local", "drop": "D(M)", "faa_strict": "strict",
@@ -106,10 +106,10 @@ def smallest_weight(memory, keys):
 
 def options(result):
     """What followed --memory on the command line of a result: the memory, and the options that are not the default."""
-    usual = data.defaults(result["dataset"]) | {"rank": 8, "epochs": 3, "shared_init": False, "validate": False}
-    usual |= {"image_size": CONFIGS[result["backbone"]].image_size}
+    usual = data.defaults(result["dataset"]) | {"rank": 8, "alpha": lora.ALPHA, "epochs": 3, "shared_init": False, "validate": False}
+    usual |= {"image_size": CONFIGS[result["backbone"]].image_size, "plain": False}
     given = result | {f"predictor_{name}": value for name, value in result.get("predictor", {}).items()}
-    words = [result["memory"].replace("-joint", " --bpcn-read joint")]
+    words = ["bayespcn --bpcn-read joint" if result["memory"] == "bayespcn-joint" else result["memory"]]
     for name, value in usual.items():
         if given.get(name, value) != value:
             words.append(f"--{name.replace('_', '-')}" + (f" {given[name]}" if value is not False else ""))
@@ -133,14 +133,15 @@ def provenance(label, runs):
     def mean(key):
         return statistics.mean(run[key] for run in runs)
     trained = {"til": "adapters", "mts": "predictor"}[runs[0]["setting"]]
-    return (f"- {label}: {runs[0]['device']}; {trained} trained in {mean('train_seconds'):.0f} s, {mean('images_per_second'):,.0f} images/s; "
+    devices = " and ".join(sorted({run["device"] for run in runs}))
+    return (f"- {label}: {devices}; {trained} trained in {mean('train_seconds'):.0f} s, {mean('images_per_second'):,.0f} images/s; "
             f"this command took {mean('wall_seconds'):.0f} s and {mean('peak_memory_bytes') / 1e9:.1f} GB; weights {runs[0]['weights']}")
 
 
 def place(row):
     """Where a row ((label, ...), runs) stands in its table: the defaults first, Hopfield before other memories."""
     (label, _), (run, *_) = row
-    network = [run.get(name, False) for name in ("backbone", "image_size", "shared_init", "rank")]
+    network = [run.get(name, 0) for name in ("backbone", "image_size", "shared_init", "rank", "alpha")]
     return label.replace(" --bpcn-read joint", "").count("--"), *network, run["memory"] != "hopfield", label
 
 
@@ -156,7 +157,8 @@ def report(results, whole=False):
     experiments = {experiment: {} for experiment in PAPER} if whole else {}
     for result in sorted(results, key=lambda result: result["seed"]):
         rows = experiments.setdefault(tuple(result[name] for name in ("setting", "dataset", "splits")), {})
-        runs = rows.setdefault((options(result), str([result[name] for name in SAME])), [])
+        same = [*(result[name] for name in SAME), result.get("predictor", {}).get("lr")]
+        runs = rows.setdefault((options(result), str(same)), [])
         if any(run["seed"] == result["seed"] for run in runs):
             raise ValueError(f"two results of seed {result['seed']} for {result['setting']}.py --dataset {result['dataset']} --splits "
                              f"{result['splits']} --memory {options(result)}: name one of the folders")
@@ -172,7 +174,8 @@ def report(results, whole=False):
             if label in paper:
                 table.append(["paper", "3 seeds", *paper.pop(label)])
         table += [[f"paper, `{label}`", "3 seeds", *figures] for label, figures in paper.items()]
-        lines += [f"{setting.upper()}: `python {setting}.py --dataset {dataset} --splits {splits} --memory M`" + ": not measured" * (not rows), ""]
+        more = " --data-dir D" * (dataset == "folder")
+        lines += [f"{setting.upper()}: `python {setting}.py --dataset {dataset}{more} --splits {splits} --memory M`" + ": not measured" * (not rows), ""]
         lines += [markdown(table), *costs, *[""] * bool(costs)]
     return "\n".join([*lines, *(DEFINITIONS[setting] for setting in COLUMNS if any(name == setting for name, *_ in experiments)), EVERYWHERE])
 
@@ -269,7 +272,8 @@ VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "to
 
 def recall_errors(theta_hat, thetas):
     """recall_error of each row of theta_hat (n, P), a list."""
-    return [recall_error(*pair, lora.split_key(thetas)[0].shape[1]) for pair in zip(theta_hat, thetas)]
+    n_key = len(lora.split_key(thetas[0])[0])
+    return [recall_error(*pair, n_key) for pair in zip(theta_hat, thetas)]
 
 
 def confusion(true, predicted, n):
@@ -384,7 +388,7 @@ literal   the descent in full width, without Gram matrix, timed on one write (ag
 
 def bench_table(rows):
     """The rows of one P as text."""
-    table = [[f"P = {rows[0]['P']:,}", "T", "write ms", "read ms", "alone ms", "MB", "error: mean", "first", "last", "max"]]
+    table = [[f"P = {rows[0]['P']:,}", "T", "write ms", "read ms", "alone ms", "MB", "error², mean", "first", "last", "max"]]
     literal = []
     for row in rows:
         name = row["memory"] + (f", H = {row['hidden']}" if row["hidden"] else "")
@@ -438,7 +442,8 @@ def load_run(run):
     """config, thetas (T, P) and heads (state dicts) of a run folder. Raises ValueError if it is not a finished one."""
     try:
         config = data.load_json(run / "config.json")
-        data.generator(config["seed"])
+        seed, _ = config["seed"], config["alpha"]                            # folders of earlier versions have no alpha
+        data.generator(seed)
         paths = [run / "adapters" / f"{t}.pt" for t in range(1, config["splits"] + 1)]
         adapters = [data.load_tensors(path) for path in paths]
         return config, torch.stack([adapter["theta"] for adapter in adapters]), [adapter["head"] for adapter in adapters]
@@ -459,7 +464,7 @@ def classify_with(config, heads, args):
     for name, found in (("weights", til.weights_checksum(vit)), ("test_data", data.checksum(*test))):
         if found != config[name]:
             raise ValueError(f"{name} {found} are not those of the run, {config[name]}: name them with --weights and --data-dir")
-    til.equip(vit, config["rank"], args.device)
+    til.equip(vit, config["rank"], args.device, alpha=config["alpha"])
     tasks = data.split(len(test.classes), config["splits"], config["seed"])
     tests, heads = [data.task(test, classes) for classes in tasks], [(head["weight"], head["bias"]) for head in heads]
 

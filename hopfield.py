@@ -45,7 +45,7 @@ class Hopfield:
     def read(self, key):
         """theta_hat (P,) for a key (|k|,), or (n, P) for keys (n, |k|), in the dtype of the key."""
         weights = self.attention(key)                                        # (..., T)
-        used = (weights > 1e-30).reshape(-1, weights.shape[-1]).any(0)       # the other columns of V leave no trace, and stay float32
+        used = (weights > 1e-30).reshape(-1, weights.shape[-1]).any(0)       # other columns of V leave no trace: not worth a float64 copy
         value = weights[..., used] @ self.V.T[used].double()                 # (..., P - |k|)
         return torch.cat([key, value.to(key.dtype)], dim=-1)                 # (..., P)
 

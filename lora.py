@@ -91,9 +91,12 @@ def set(vit, theta):
 
 
 def split_key(theta):
-    """theta (..., P) -> the task identification vector k_t (..., floor(0.1 P)), its start, and the rest (section 3.1)."""
+    """theta (..., P) -> the task identification vector k_t (..., floor(0.1 P)), its start, and the rest (section 3.1).
+
+    Both are copies: with a view, torch.save would keep all of theta.
+    """
     n = math.floor(KEY_SHARE * theta.shape[-1])
-    return theta[..., :n], theta[..., n:]
+    return theta[..., :n].clone(), theta[..., n:].clone()
 
 
 @torch.no_grad()

@@ -971,6 +971,7 @@ def test_the_main_job_on_a_small_cifar100(cifar, tmp_path):
     assert result["drop"] == 0 and result["recall_error"] == {"mean": 0, "max": 0} and result["smallest_weight"] > 0.999
     assert set(result["controls"]) == {"none", "wrong", "mean", "linear"} and len(result["per_task"]["gt"]) == 20
     assert {"faa_gt", "faa", "images_per_second", "peak_memory_bytes", "wall_seconds", "device", "class_order"} <= set(result)
+    assert (folder / "hopfield.pt").stat().st_size < 1.25 * result["memory_bytes"]                      # the memory, and the keys once more
     before = {path: path.stat().st_mtime_ns for path in folder.glob("adapters/*.pt")}
     code, out, err = command(til.main, *words, "--memory", "disk")
     assert code == 0 and "task " not in out
@@ -1042,7 +1043,7 @@ def test_a_loss_that_is_not_finite_is_named(tiny):
     (("--splits", 7), "do not divide"), (("--splits", 100), "two and more"), (("--splits", 0), "at least 1"), (("--splits", "x"), "invalid int"),
     (("--dataset", "mnist"), "mnist"), (("--memory", "brain"), "brain"), (("--backbone", "resnet"), "resnet"),
     (("--weights", "no/such.pt"), "no/such.pt"), (("--image-size", 17), "positive multiple of the patch"), (("--image-size", -8), "image size -8"),
-    (("--rank", 0), "--rank"), (("--seeds", -1), "--seeds"), (("--seeds", 1, 1), "--seeds"), (("--epochs", 0), "--epochs"), (("--batch-size", -1), "--batch-size"), (("--nonsense",), "nonsense"),
+    (("--rank", 0), "--rank"), (("--alpha", 0), "--alpha"), (("--seeds", -1), "--seeds"), (("--seeds", 1, 1), "--seeds"), (("--epochs", 0), "--epochs"), (("--batch-size", -1), "--batch-size"), (("--nonsense",), "nonsense"),
     (("--device", "tpu"), "--device"), (("--predict", "none.png"), "none.png"), (("--task", 1), "--predict"),
     (("--predict", HERE / "README.md"), "--task"), (("--predict", HERE / "README.md", "--task", 1), "without --predict first")])
 def test_mistakes_on_the_command_line(cifar, tmp_path, words, said):
@@ -1271,7 +1272,7 @@ def run_folder(folder, thetas):
     """The parts of a finished run that `probe` reads."""
     for t, theta in enumerate(thetas, 1):
         data.save_tensors(folder / "adapters" / f"{t}.pt", {"theta": theta, "head": {}})
-    data.save_json(folder / "config.json", {"dataset": "made up", "splits": len(thetas), "rank": 8, "seed": 3})
+    data.save_json(folder / "config.json", {"dataset": "made up", "splits": len(thetas), "rank": 8, "alpha": 8, "seed": 3})
 
 
 def test_probe_tells_exact_recall_from_the_mean(tmp_path, monkeypatch):
@@ -1333,7 +1334,7 @@ def test_a_result_that_is_broken_is_named(tmp_path):
     assert [line.split("`")[1] for line in lines if line.startswith("| `")] == ["hopfield", "other", "hopfield --rank 4"]
 
 
-@pytest.mark.parametrize("path", sorted((HERE / "results").glob("*s-*/*.json")), ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", sorted((HERE / "results").rglob("*s-*/*.json")), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_row_of_the_tables_names_the_command_that_gave_it(path, monkeypatch):
     result = data.load_json(path)
     words = ["--dataset", result["dataset"], "--splits", result["splits"], "--memory", *evaluate.options(result).split()]
@@ -1344,6 +1345,7 @@ def test_a_row_of_the_tables_names_the_command_that_gave_it(path, monkeypatch):
     args, predictor = parsed[0], result.get("predictor", {})
     for name in ("dataset", "splits", "backbone", "rank", "epochs", "batch_size", "shared_init", "validate"):
         assert getattr(args, name) == result[name]
+    assert (args.alpha, args.plain) == (result.get("alpha", lora.ALPHA), result.get("plain", False))
     assert args.image_size in (None, result["image_size"]) and (args.image_size or substrate.CONFIGS[args.backbone].image_size) == result["image_size"]
     assert args.memory == result["memory"].split("-")[0] and (args.bpcn_read == "joint") == result["memory"].endswith("-joint")
     assert all(getattr(args, f"predictor_{name}") == predictor[name] for name in ("epochs", "batch_size") if predictor)

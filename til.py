@@ -49,6 +49,7 @@ def til_training(tasks, train, memory, learn):
     return memory, keys                                                      # 11
 
 
+@torch.no_grad()
 def til_inference(vit, head, images, key, memory):
     """Algorithm 2: logits (n, classes of the task) for uint8 images (n, 3, h, w) of the task with this key (|k|,)."""
     theta_hat = memory.read(key)                                             # 3
@@ -230,10 +231,10 @@ def features(vit, images, batch_size=None):
     return torch.cat([class_token(vit, batch.to(vit.cls_token.device)) for batch in images.split(batch_size)])
 
 
-def equip(vit, rank, device, plain=False):
+def equip(vit, rank, device, plain=False, alpha=lora.ALPHA):
     """Adds adapters and moves the ViT to its device: on a GPU in bfloat16, unless plain. Adapters and heads are always float32."""
     vit.to(device, torch.bfloat16 if device.startswith("cuda") and not plain else torch.float32)
-    lora.add(vit, rank, generator=data.generator(0))                         # every training draws its own
+    lora.add(vit, rank, alpha, data.generator(0))                            # every training draws its own
 
 
 def weights_checksum(vit):
@@ -251,18 +252,18 @@ class Run:
         self.tasks = data.split(len(train.classes), args.splits, seed)
         self.vit = substrate.load(args.backbone, args.weights, args.image_size)
         weights = weights_checksum(self.vit)
-        equip(self.vit, args.rank, args.device, args.plain)
+        equip(self.vit, args.rank, args.device, args.plain, args.alpha)
         self.classifier = Classifier(self.vit, len(self.tasks[0]), plain=args.plain)
         self.seconds = {"load": 0, "task predictor": 0, "training": 0}       # what this command has spent on what
         self.adapters = {}                                                   # those that were read, by t
         validate = "-validate" if args.validate else ""
         size = "" if self.vit.image_size == self.vit.config.image_size else f"-{self.vit.image_size}px"
-        shared = "-shared-init" if args.shared_init else ""
-        self.folder = args.out / f"{args.dataset}{validate}-{args.splits}s-{args.backbone}{size}-r{args.rank}{shared}-seed{seed}"
+        lora_options = ("" if args.alpha == lora.ALPHA else f"-alpha{args.alpha}") + "-shared-init" * args.shared_init
+        self.folder = args.out / f"{args.dataset}{validate}-{args.splits}s-{args.backbone}{size}-r{args.rank}{lora_options}-seed{seed}"
         self.memory_name = args.memory + ("-joint" if (args.memory, args.bpcn_read) == ("bayespcn", "joint") else "")
         self.config = {
             "dataset": args.dataset, "validate": args.validate, "splits": args.splits, "backbone": args.backbone,
-            "rank": args.rank, "shared_init": args.shared_init, "seed": seed, "image_size": self.vit.image_size, "epochs": args.epochs,
+            "rank": args.rank, "alpha": args.alpha, "shared_init": args.shared_init, "seed": seed, "image_size": self.vit.image_size, "epochs": args.epochs,
             "batch_size": args.batch_size, "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY, "weights": weights,
             "train_images": len(train.labels), "train_data": data.checksum(*train),
             "test_images": len(test.labels), "test_data": data.checksum(*test), "class_order": self.tasks}
@@ -427,7 +428,7 @@ def cost(run, trainings, start, written):
     return {
         "train_seconds": seconds, "train_device": device, "images_per_second": images / seconds, "flops_per_image": flops,
         "mfu": mfu(rate * flops, device),
-        "wall_seconds": sum(stages.values()), "stage_seconds": stages, "processes": WORLD,
+        "wall_seconds": sum(stages.values()), "stage_seconds": stages, "processes": WORLD, "plain": run.args.plain,
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else evaluate.peak_memory(),
         "device": device_name(run.args.device), "versions": evaluate.VERSIONS}
 
@@ -500,6 +501,7 @@ def parse(parser):
     group.add_argument("--weights", type=Path, help="weights file of the backbone (default: shipped or downloaded)")
     group.add_argument("--image-size", type=int, help="side of the network's input in pixels (default: the backbone's)")
     group.add_argument("--rank", type=int, default=8, help="rank r of LoRA (default: 8)")
+    group.add_argument("--alpha", type=int, default=lora.ALPHA, help="LoRA's scale is alpha / rank (default: 8)")
     group.add_argument("--epochs", type=int, default=3, help="epochs a task (default: 3)")
     group.add_argument("--batch-size", type=int, help="default: 6 for glyphs, else 64")
     group.add_argument("--shared-init", action="store_true", help="all tasks start from the same random theta (default: each from its own)")
@@ -523,7 +525,7 @@ def parse(parser):
 
 def check_options(args):
     """Raises ValueError or FileNotFoundError for what can be known to be wrong before any work is done."""
-    for option in ("splits", "rank", "epochs", "batch_size", "predictor_epochs", "predictor_batch_size"):
+    for option in ("splits", "rank", "alpha", "epochs", "batch_size", "predictor_epochs", "predictor_batch_size"):
         if getattr(args, option, None) is not None and getattr(args, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}: it must be at least 1")
     if args.dataset in data.N_CLASSES:
