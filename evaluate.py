@@ -175,9 +175,10 @@ def report(results, whole=False):
                 table.append(["paper", "3 seeds", *paper.pop(label)])
         table += [[f"paper, `{label}`", "3 seeds", *figures] for label, figures in paper.items()]
         more = " --data-dir D" * (dataset == "folder")
-        lines += [f"{setting.upper()}: `python {setting}.py --dataset {dataset}{more} --splits {splits} --memory M`" + ": not measured" * (not rows), ""]
-        lines += [markdown(table), *costs, *[""] * bool(costs)]
-    return "\n".join([*lines, *(DEFINITIONS[setting] for setting in COLUMNS if any(name == setting for name, *_ in experiments)), EVERYWHERE])
+        title = f"{setting.upper()}: `python {setting}.py --dataset {dataset}{more} --splits {splits} --memory M`"
+        lines += [title + ": not measured" * (not rows), "", markdown(table), *costs, *[""] * bool(costs)]
+    settings = {setting for setting, *_ in experiments}
+    return "\n".join([*lines, *(text for setting, text in DEFINITIONS.items() if setting in settings), EVERYWHERE])
 
 
 def markdown(rows):

@@ -126,10 +126,11 @@ def assess(run, predictor, memory, keys):
         disk.write(*lora.split_key(theta))
     t_hat, logits = mts_inference(run.vit, predictor, heads, images, keys, memory)
     lists, none = evaluate.switching_hits(t_hat, logits, task_ids, places), always(torch.zeros_like(thetas[0]))
+    linear = [*til.linear_heads(run, range(len(keys)))]
     for name, heads_, keys_, memory_, tasks in (
-            ("gt", heads, keys, disk, task_ids), ("recalled", heads, keys, memory, task_ids),
-            ("none", heads, keys, none, t_hat), ("wrong", heads, keys[-1:] + keys[:-1], disk, t_hat),
-            ("mean", heads, keys, always(thetas.mean(0)), t_hat), ("linear", [*til.linear_heads(run, range(len(keys)))], keys, none, t_hat)):
+            ("gt", heads, keys, disk, task_ids), ("recalled", heads, keys, memory, task_ids), ("none", heads, keys, none, t_hat),
+            ("wrong", heads, keys[-1:] + keys[:-1], disk, t_hat), ("mean", heads, keys, always(thetas.mean(0)), t_hat),
+            ("linear", linear, keys, none, t_hat)):
         _, logits = mts_inference(run.vit, predictor, heads_, images, keys_, memory_, tasks)
         lists[name] = evaluate.switching_hits(tasks, logits, task_ids, places)["local"]
     return lists, t_hat

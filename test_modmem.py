@@ -1689,7 +1689,7 @@ def smallest_eigenvalue(writes=1000):
 
 
 def main():
-    """Kills, damages and repeats small runs for half an hour; writes results/faults.json."""
+    """Kills, damages and repeats small runs for twenty minutes; writes results/faults.json."""
     parser = data.Parser("python test_modmem.py", main.__doc__)
     parser.add_argument("--kills", type=int, default=40, help="default: 40")
     parser.add_argument("--mutations", type=int, default=900, help="default: 900")

@@ -263,8 +263,8 @@ class Run:
         self.memory_name = args.memory + ("-joint" if (args.memory, args.bpcn_read) == ("bayespcn", "joint") else "")
         self.config = {
             "dataset": args.dataset, "validate": args.validate, "splits": args.splits, "backbone": args.backbone,
-            "rank": args.rank, "alpha": args.alpha, "shared_init": args.shared_init, "seed": seed, "image_size": self.vit.image_size, "epochs": args.epochs,
-            "batch_size": args.batch_size, "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY, "weights": weights,
+            "rank": args.rank, "alpha": args.alpha, "shared_init": args.shared_init, "seed": seed, "image_size": self.vit.image_size,
+            "epochs": args.epochs, "batch_size": args.batch_size, "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY, "weights": weights,
             "train_images": len(train.labels), "train_data": data.checksum(*train),
             "test_images": len(test.labels), "test_data": data.checksum(*test), "class_order": self.tasks}
         if args.predict and not (self.folder / f"{args.memory}.pt").exists():
