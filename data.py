@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 import tarfile
@@ -519,11 +520,10 @@ def crc32(content, crc=0):
 def open_run(folder, config):
     """Makes a run folder, or continues one that was made with the same config. Raises ValueError naming what differs."""
     path = folder / "config.json"
+    if all(file.name in (".lock", "config.json") for file in folder.rglob("*") if file.is_file()):
+        save_json(path, config)                  # nothing is kept here yet, though a command with other settings may have failed here
     if not path.exists():
-        if (folder / "adapters").exists():
-            raise ValueError(f"{path} is missing, so nobody knows what the adapters beside it are: restore it or name "
-                             "another folder with --out")
-        save_json(path, config)
+        raise ValueError(f"{path} is missing, so nobody knows what is kept beside it: restore it or name another folder with --out")
     found = load_json(path)
     for key in config:
         if found.get(key) != config[key]:
@@ -552,6 +552,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+NO_MEMORY = "alloc|out of memory|CUBLAS_STATUS_NOT_INITIALIZED"               # in the messages of PyTorch's many errors for this
+
+
 def run_command(main):
     """Calls main(); an error of the user's ends in one line and exit code 2, Ctrl-C in one line and 130."""
     def stop(message, code):
@@ -565,9 +568,11 @@ def run_command(main):
     except (ValueError, OSError, FloatingPointError) as error:
         stop(f"error: {error}", 2)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "alloc" not in str(error):    # by this word PyTorch's lack of memory is known
+        if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error), re.IGNORECASE):
             raise
-        stop(f"error: out of memory ({error}): choose a smaller --batch-size, --image-size, --rank or --sizes; what was finished is kept", 2)
+        reason = textwrap.shorten((str(error) or "MemoryError").splitlines()[0], 200, placeholder=" ...")
+        stop(f"error: out of memory ({reason}): choose a smaller --batch-size, --predictor-batch-size, --image-size, --rank or --sizes, or "
+             "another --device if others fill this one; what was finished is kept", 2)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         stop("stopped; finished tasks and epochs are kept, the same command goes on from there", 130)

@@ -1492,12 +1492,48 @@ def test_a_cache_that_cannot_be_written_does_not_stop_a_run(tiny_imagenet, monke
     assert len(train.labels) == 12 and "cannot write" in capsys.readouterr().err
 
 
-def test_too_little_memory_is_said_in_one_line():
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+def test_too_little_memory_is_said_in_one_line_and_its_remedy_works(cifar, tmp_path, monkeypatch):
+    """Settings that trained nothing do not bind those who come after; settings that did, do."""
+    def step(self, x, *more):
+        if len(x) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB." + 99 * " And so on." + "\nMore.")
+        take_step(self, x, *more)
 
+    take_step, words = til.Trainer.step, (*CIFAR, "--data-dir", cifar, "--epochs", 1, "--out", tmp_path)
+    monkeypatch.setattr(til.Trainer, "step", step)
+    code, out, err = command(til.main, *words, "--batch-size", 5)
+    assert code == 2 and "--batch-size" in err and "2.00 GiB" in err and err.count("\n") == 1 and len(err) < 450
+    assert command(til.main, *words, "--batch-size", 4)[0] == 0
+    code, out, err = command(til.main, *words, "--batch-size", 3)
+    assert code == 2 and "batch_size 4" in err
+
+
+@pytest.mark.parametrize("error", [MemoryError(), MemoryError("Unable to allocate 4 GiB"), RuntimeError("CUDA error: out of memory\nSearch for"),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), RuntimeError("DefaultCPUAllocator: not enough")])
+def test_lack_of_memory_has_many_names(error):
+    def main():
+        raise error
     code, out, err = command(main)
-    assert code == 2 and "--batch-size" in err and "2.00 GiB" in err and err.count("\n") == 1
+    assert code == 2 and "out of memory" in err and str(error)[:20] in err and err.count("\n") == 1
+
+
+def test_other_errors_of_pytorch_are_shown_whole():
+    def main():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        command(main)
+
+
+@on_a_gpu
+@pytest.mark.parametrize("megabytes", [5, 300, 600, 700, 1000, 1500])
+def test_a_gpu_with_too_little_memory_is_said_in_one_line(megabytes, tmp_path):
+    """Others leave so much of it that CUDA does not start, that its libraries don't, that the batch does not fit."""
+    others = torch.empty(torch.cuda.mem_get_info()[0] - megabytes * 10 ** 6, dtype=torch.uint8, device="cuda")
+    done = subprocess.run([sys.executable, "til.py", "--splits", "2", "--batch-size", "1200", "--out", tmp_path], cwd=HERE, capture_output=True, text=True)
+    del others
+    torch.cuda.empty_cache()
+    print(megabytes, done.stderr)
+    assert done.returncode == 2 and "out of memory" in done.stderr and "--batch-size" in done.stderr and done.stderr.count("\n") == 1
 
 
 def png(width, height, rows):

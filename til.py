@@ -227,7 +227,8 @@ def class_token(vit, images, *view):
 @torch.no_grad()
 def features(vit, images, batch_size=None):
     """class_token for any number of images on any device, each independent of its companions."""
-    batch_size = batch_size or (1000 if vit.cls_token.is_cuda else 250)      # launches make small batches slow on a GPU
+    # Launches make small batches slow on a GPU, but large pictures take much memory.
+    batch_size = batch_size or min(1000 if vit.cls_token.is_cuda else 250, max(1, 30_000_000 // vit.image_size ** 2))
     return torch.cat([class_token(vit, batch.to(vit.cls_token.device)) for batch in images.split(batch_size)])
 
 

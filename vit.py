@@ -218,6 +218,7 @@ class Graphed:
 
     def __init__(self, step, warmup=3):
         self.step, self.warmup, self.graphs, self.stream = step, warmup, {}, torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()                           # the graphs' memory: they never run at once
 
     def __call__(self, *inputs):
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -237,7 +238,7 @@ class Graphed:
     def capture(self, inputs):
         """The graph, which always reads the same tensors, and these tensors."""
         static, graph = [x.clone() for x in inputs], torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        with torch.cuda.graph(graph, self.pool, self.stream):
             self.step(*static)
         return static, graph
 
