@@ -631,7 +631,8 @@ def speed(words):
     parser.add_argument("--out", type=Path, help="JSON file (default: runs/speed-<device>.json)")
     args = parser.parse_args(words)
     check_device(args.device)
-    torch.set_float32_matmul_precision("high")                               # as til.py
+    import til                                                               # which imports this file
+    til.set_arithmetic()
     rows = [speed_row(*step, args.device) for step in data.progress(STEPS[args.device], len(STEPS[args.device]), "training")]
     out = args.out or Path(f"runs/speed-{args.device}.json")
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"

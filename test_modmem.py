@@ -1525,6 +1525,16 @@ def test_other_errors_of_pytorch_are_shown_whole():
 
 
 @on_a_gpu
+def test_a_gpu_gives_the_same_bits_twice(tmp_path):
+    """Also where attention goes over more than 128 tokens, whose gradients PyTorch adds up in any order by default."""
+    words, thetas = ("--splits", "2", "--epochs", "1", "--batch-size", "64", "--image-size", "128", "--rank", "4"), []
+    for name in "ab":
+        subprocess.run([sys.executable, "til.py", *words, "--out", tmp_path / name], cwd=HERE, check=True)
+        thetas.append(data.load_tensors(tmp_path / name / "glyphs-2s-vit_tiny-128px-r4-seed0" / "adapters" / "1.pt")["theta"])
+    assert torch.equal(*thetas)
+
+
+@on_a_gpu
 @pytest.mark.parametrize("megabytes", [5, 300, 600, 700, 1000, 1500])
 def test_a_gpu_with_too_little_memory_is_said_in_one_line(megabytes, tmp_path):
     """Others leave so much of it that CUDA does not start, that its libraries don't, that the batch does not fit."""

@@ -520,8 +520,17 @@ def parse(parser):
     check_options(args)
     if args.device.startswith("cuda"):
         use_gpu(args)
-    torch.set_float32_matmul_precision("high")                               # TF32 on GPUs; memories read in float64
+    set_arithmetic()
     return args
+
+
+def set_arithmetic():
+    """How a GPU computes: fast, with TF32 (memories read in float64), and to the same bits every time. By default the gradients of
+    attention over more than 128 tokens are added up in any order. PyTorch now refuses operations that it can't do otherwise."""
+    torch.set_float32_matmul_precision("high")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False              # would take a kernel more for each tensor
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"                        # cuBLAS's own switch for the same
 
 
 def check_options(args):
