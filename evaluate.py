@@ -134,8 +134,10 @@ def provenance(label, runs):
         return statistics.mean(run[key] for run in runs)
     trained = {"til": "adapters", "mts": "predictor"}[runs[0]["setting"]]
     devices = " and ".join(sorted({run["device"] for run in runs}))
+    both = all("peak_host_bytes" in run for run in runs)                     # a GPU's memory and the machine's
+    host = f" of the GPU, {mean('peak_host_bytes') / 1e9:.1f} GB of the machine" if both else ""
     return (f"- {label}: {devices}; {trained} trained in {mean('train_seconds'):.0f} s, {mean('images_per_second'):,.0f} images/s; "
-            f"this command took {mean('wall_seconds'):.0f} s and {mean('peak_memory_bytes') / 1e9:.1f} GB; weights {runs[0]['weights']}")
+            f"this command took {mean('wall_seconds'):.0f} s and {mean('peak_memory_bytes') / 1e9:.1f} GB{host}; weights {runs[0]['weights']}")
 
 
 def place(row):

@@ -1327,6 +1327,8 @@ def test_a_result_that_is_broken_is_named(tmp_path):
     for other in ({"epochs": 9}, {"weights": "00000000"}, {"rank": 4}, {"validate": True}):          # not averaged
         assert evaluate.report([result, result | other | {"seed": 1}]).count(f"{result['faa_gt']:.2f} ") > 1
         assert "±" not in evaluate.report([result, result | other | {"seed": 1}])
+    on_gpu = evaluate.report([result | {"peak_memory_bytes": 2e9, "peak_host_bytes": 3.1e9}])
+    assert "s and 2.0 GB of the GPU, 3.1 GB of the machine; weights" in on_gpu and "of the GPU" not in evaluate.report([result])
     rank_4 = result | {"dataset": "tinyimagenet", "splits": 50, "rank": 4, "backbone": "dinov2_vits14", "image_size": 112, "batch_size": 64}
     ours, paper = evaluate.report([rank_4]).splitlines()[4:6]
     assert "`hopfield --rank 4`" in ours and paper.startswith("| paper  ") and "91.39 ± 0.42" in paper

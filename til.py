@@ -425,12 +425,13 @@ def cost(run, trainings, start, written):
     rate = images / seconds / trainings[0].get("processes", 1)               # of one device
     memory = written - start - run.seconds["task predictor"] - run.seconds["training"]
     stages = run.seconds | {"memory": memory, "evaluation": time.perf_counter() - written}
-    cuda = run.args.device.startswith("cuda")
+    peak = {"peak_memory_bytes": evaluate.peak_memory()}                     # of the device that computes
+    if run.args.device.startswith("cuda"):
+        peak = {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "peak_host_bytes": evaluate.peak_memory()}
     return {
         "train_seconds": seconds, "train_device": device, "images_per_second": images / seconds, "flops_per_image": flops,
         "mfu": mfu(rate * flops, device),
-        "wall_seconds": sum(stages.values()), "stage_seconds": stages, "processes": WORLD, "plain": run.args.plain,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated() if cuda else evaluate.peak_memory(),
+        "wall_seconds": sum(stages.values()), "stage_seconds": stages, **peak, "processes": WORLD, "plain": run.args.plain,
         "device": device_name(run.args.device), "versions": evaluate.VERSIONS}
 
 
