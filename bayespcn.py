@@ -21,7 +21,7 @@ Read: only the key k, the first |k| columns of x⁰, is known. Descend E, answer
 Why marginal recalls better: scale a stored θ's z by a; it predicts about aθ, and v_0 grows with a². A write weighs D
 columns of residual against D log v_0. `marginal` keeps that balance, |k| to |k|, and so finds the amplitude again.
 `joint` pays for D columns but hears only |k|: it finds the right pattern and returns it too faint. Both also shrink
-as ridge regression does, by about 1 − σ² / mean(θ²), which alone is a relative squared error of (σ² / mean(θ²))².
+as ridge regression does, to about (1 − σ² / mean(θ²)) θ, which alone is a relative squared error of (σ² / mean(θ²))².
 """
 
 import copy
@@ -59,18 +59,21 @@ class BayesPCN:
     """A memory for vectors theta of length `dim`; `hidden` is H, `layers` L, `sigma_obs` σ, `sigma_prior` √u at first.
 
     A descent takes at most `steps` steps of Adam, from `lr` down; `read` is "marginal" or "joint"; `seed` draws prior
-    and starts; R, U, r live on `device`; R, U, r, u may be assigned (float64). Raises ValueError.
+    and starts; R, U, r live on `device`. R, U, r, u may be assigned (float64) and are the memory's own then; what is assigned to
+    R and r before the first write is their prior. Raises ValueError.
     """
 
     def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01, steps=500,
                  read="marginal", seed=0, device="cpu"):
-        whole = dict(dim=dim, hidden=hidden, layers=layers)
-        for name, x in dict(whole, steps=steps, sigma_prior=sigma_prior, sigma_obs=sigma_obs, lr=lr).items():
-            if not 0 < x < math.inf or name in (*whole, "steps") and not isinstance(x, int):
-                raise ValueError(f"{name} is {x!r}, expected a positive number, whole for {', '.join(whole)} and steps")
-        if layers < 2 or read not in ("marginal", "joint"):
-            raise ValueError(f"layers is {layers} and read {read!r}, expected 2 or more, and 'marginal' or 'joint'")
-        self.config = dict(whole, sigma_prior=sigma_prior, sigma_obs=sigma_obs, seed=seed)
+        for name, x, least in (("dim", dim, 1), ("hidden", hidden, 1), ("layers", layers, 2), ("steps", steps, 1)):
+            if not isinstance(x, int) or x < least:
+                raise ValueError(f"{name} is {x!r}, expected a whole number, {least} or more")
+        for name, x in (("sigma_prior", sigma_prior), ("sigma_obs", sigma_obs), ("lr", lr)):
+            if not 0 < x < math.inf:
+                raise ValueError(f"{name} is {x!r}, expected a positive number")
+        if read not in ("marginal", "joint"):
+            raise ValueError(f"read is {read!r}, expected 'marginal' or 'joint'")
+        self.config = dict(dim=dim, hidden=hidden, layers=layers, sigma_prior=sigma_prior, sigma_obs=sigma_obs, seed=seed)
         self.dim, self.hidden, self.layers, self.seed = dim, hidden, layers, seed
         self.s2, self.u_prior, self.lr, self.steps, self.read_mode = sigma_obs ** 2, sigma_prior ** 2, lr, steps, read
         self.R = [torch.stack([*self._prior(l)]).to(device) for l in range(layers - 1)]                     # (H, d_l)
@@ -97,7 +100,8 @@ class BayesPCN:
         return self._G
 
     def _bottom(self, x, m):
-        """What E depends on if x (n, |x|) are the first columns of x⁰ and m log v_0 is counted; layers are stacked."""
+        """What E depends on if x (n, |x|) are the first columns of x⁰ and m log v_0 is counted; layers are stacked: W (L-1, H, H)
+        = [G, R_1, ..], U (L-1, H, H), x·x (n,), c (n, H), d (L-1, 1) = [m, H, ..], r (H,), σ² + u."""
         # ‖x − zR‖² = x·x − 2 z·c + z G zᵀ, c = R xᵀ, G = R Rᵀ: a step costs O(H²), not O(H D). float64, as it cancels.
         R = self.R[0][:, :x.shape[1]]
         xx, c, G = x.square().sum(-1), x @ R.T, self._gram() if x.shape[1] == self.dim else R @ R.T
@@ -105,7 +109,7 @@ class BayesPCN:
         small = xx, c, d, self.r, self.r.new_tensor(float(self.s2 + self.u))
         # On a CPU numpy has half of torch's overhead on arrays so small.
         small = small if self.r.is_cuda else [x.numpy() for x in small]
-        return torch.stack([G, *self.R[1:]]), torch.stack(self.U), *small         # W, U (L-1, H, H)
+        return torch.stack([G, *self.R[1:]]), torch.stack(self.U), *small
 
     def _energy(self, x, W, U, xx, c, d, r, v_top):
         """E (n,) and, three times as fast as autograd, ∂E/∂x (L-1, n, H) at x (L-1, n, H), where x[l] is x^{l+1}."""
@@ -131,20 +135,21 @@ class BayesPCN:
         E, g = self._energy(x, *bottom)
         moving = moving * (abs(E - E_before) >= 1e-3)                             # (n,)
         m, s = 0.9 * m + 0.1 * g, 0.999 * s + 0.001 * g * g
-        # Falls to 0 after 30 % of the steps: activations are some 0.003 big, steps of a constant 0.01 never settle, and so
-        # wildly that rounding alone, another batch size, moved theta_hat by up to 14 %.
+        # Constant for 30 % of the steps, then falls linearly to 0: activations are near 0.003, and with a constant 0.01 they
+        # never settle; rounding alone, as by another batch size, then moved theta_hat by up to 14 %.
         lr = self.lr * ((1 - (i - 1) / self.steps) / 0.7).clip(None, 1)
         x = x - moving[:, None] * lr * (m / (1 - 0.9 ** i)) / ((s / (1 - 0.999 ** i)) ** 0.5 + 1e-8)
         return i + 1, x, m, s, E, moving
 
     def _descend(self, stream, bottom):
-        """x (L-1, n, H) after Adam on E, from the stream's noise in every row."""
-        start, n = torch.stack([*self._normal(stream, self.layers - 1, self.hidden)])[:, None], len(bottom[2])
+        """x (L-1, n, H) after Adam on E, from the stream's noise: the same in every row, so that an answer does not depend on
+        its companions."""
+        start, n = torch.stack([*self._normal(stream, self.layers - 1, self.hidden)])[:, None], len(bottom[2])     # of x·x
         x = start.to(self.r).repeat(1, n, 1)
         state = [x.new_ones(()), x, 0 * x, 0 * x, x.new_full((n,), math.inf), x.new_ones(n)]
         if x.is_cuda:
             return self._descend_on_gpu(state, bottom)
-        state, threads = [np.float64(1), *(x.numpy() for x in state[1:])], torch.get_num_threads()
+        state, threads = [x.numpy() for x in state], torch.get_num_threads()
         torch.set_num_threads(1)    # no slower on arrays this small, and 50 times faster where others use the cores
         try:
             while state[0] <= self.steps and state[-1].any():
@@ -175,8 +180,10 @@ class BayesPCN:
 
     def read(self, key):
         """theta_hat (dim,) of a key (|k|,), (n, dim) of (n, |k|), in its dtype. Raises ValueError, also when empty."""
-        check("key", rows := key[None] if getattr(key, "ndim", 0) == 1 else key, None, None)      # (n, |k|)
-        if not 1 <= (width := rows.shape[1]) <= self.dim:
+        rows = key[None] if getattr(key, "ndim", 0) == 1 else key                 # (n, |k|)
+        check("key", rows, None, None)
+        width = rows.shape[1]
+        if not 1 <= width <= self.dim:
             raise ValueError(f"key has {width} elements, expected 1 to {self.dim}: pass the start of a theta")
         if self.u == self.u_prior:      # every write lowers u, forget(1) restores it
             raise ValueError("the memory is empty, expected at least one stored theta: write first")
@@ -244,7 +251,7 @@ class BayesPCN:
 
     def state_dict(self):
         """A copy of the state, in plain tensors and numbers, so that torch.load(.., weights_only=True) reads it."""
-        self._gram()
+        self._gram()        # G is kept, too: summed up write by write, it differs from R_0 R_0ᵀ in the last bits
         return copy.deepcopy({name: getattr(self, name) for name in ("config", "count", "R", "U", "r", "u", "assigned", "_G")})
 
     def load_state_dict(self, state):

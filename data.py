@@ -138,10 +138,10 @@ def tiny_imagenet(data_dir):
             except OSError as error:             # a folder that is shared and read-only, say
                 print(f"{error}\nthe next start will have to decode again", file=sys.stderr)
     content = content or load_tensors(cache, mmap=True)
-    halves = tuple(Images(*map(content.get, (f"{half}_images", f"{half}_labels", "classes"))) for half in ("train", "val"))
-    if not all(map(is_tiny_imagenet, halves)):   # another of our files, say, which is whole
+    train, val = (Images(content.get(f"{half}_images"), content.get(f"{half}_labels"), content.get("classes")) for half in ("train", "val"))
+    if not (is_tiny_imagenet(train) and is_tiny_imagenet(val)):              # another of our files, say, which is whole
         raise ValueError(f"{cache} does not hold TinyImageNet: remove it and run the command again")
-    return halves
+    return train, val
 
 
 def is_tiny_imagenet(half):
@@ -177,7 +177,8 @@ def decode_tiny_imagenet(folder, n_classes=200, n_train=500, n_val=50):
         if counts != [each] * n_classes:
             raise ValueError(f"{folder / half}: expected {each} images in each of {n_classes} classes, found "
                              f"{min(counts)} to {max(counts)} in {len(counts)}: unpack the archive again")
-        # Processes, since PIL decodes with Python's lock held: threads make it slower. They hand over 2.5 MB at a time.
+        # Processes, since PIL decodes with Python's lock held: threads make it slower. They hand over 2.5 MB at a time, and end
+        # when this process is killed.
         loader = DataLoader([path for path, _ in pairs], batch_size=200, num_workers=min(8, torch.get_num_threads()),
                             prefetch_factor=1, collate_fn=decode_64)
         images = []
@@ -342,7 +343,10 @@ def every_nth(labels, n):
 
 
 def generator(*seed):
-    """A torch generator on the CPU that depends on nothing but these numbers: generator(seed, t) is task t's own."""
+    """A torch generator on the CPU that depends on nothing but these numbers: generator(seed, t) is task t's own.
+
+    Zeros at the end make no difference: generator(seed) gives the numbers of t = 0, the task predictor's.
+    """
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
 
 
@@ -362,17 +366,19 @@ def flips_and_crops(n, generator, smallest=0.35):
 
 
 def prepare(images, vit, flip=None, crop=None):
-    """uint8 images (B, 3, h, w) -> the input of `vit` (B, 3, s, s), in its dtype, mirrored and cropped where asked for."""
+    """uint8 images (B, 3, h, w) -> the input of `vit` (B, 3, s, s), in its dtype; mirrored where flip (B,) says so, cropped to
+    crop (B, 3): side and centre, as flips_and_crops draws them."""
     x, size = images.float() / 255, (vit.image_size, vit.image_size)
     if flip is not None:
         x = torch.where(flip[:, None, None, None], x.flip(-1), x)
+    if x.shape[-2:] != size and (crop is None or x.shape[-1] > size[1]):     # grid_sample below cannot shrink: it has no antialiasing
+        x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
     if crop is not None:
         side, centre = crop[:, :1, None], crop[:, 1:, None]                  # (B, 1, 1), (B, 2, 1)
         window = torch.cat([side * torch.eye(2, device=x.device), centre], dim=2)                    # (B, 2, 3)
         grid = F.affine_grid(window, (len(x), 3, *size), align_corners=False)
         x = F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False).clamp(0, 1)
-    elif x.shape[-2:] != size:
-        x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
+    # The statistics are numbers, not tensors, which a CUDA graph could not copy from the CPU.
     channels = zip(x.unbind(1), vit.config.mean, vit.config.std)
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], dim=1).to(vit.cls_token.dtype)
 
@@ -575,7 +581,7 @@ def run_command(main):
              "another --device if others fill this one; what was finished is kept", 2)
     except KeyboardInterrupt:
         print(file=sys.stderr)
-        stop("stopped; finished tasks and epochs are kept, the same command goes on from there", 130)
+        stop("stopped; til.py and mts.py keep finished tasks and epochs, the same command goes on from there", 130)
 
 
 def main():

@@ -99,7 +99,7 @@ def smallest_weight(memory, keys):
     """The smallest softmax weight that a Hopfield memory gives the right item: 1 means exact recall. Else None."""
     if not hasattr(memory, "attention"):
         return None
-    return min(memory.attention(key)[t].item() for t, key in enumerate(keys))
+    return memory.attention(torch.stack([*keys])).diagonal().min().item()    # (T, T): row t is key t's
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def read_runs(folders):
         for path in paths:
             results.append(data.load_json(path))
             try:
-                report(results[-1:])
+                report(results[-1:])                                         # only to see whether a table can be made of it
             except (KeyError, TypeError, AttributeError):
                 raise ValueError(f"{path} is not a result of this version: remove it and run the command again") from None
     if not results:
@@ -334,7 +334,8 @@ def timed(function, *args):
             torch.cuda.synchronize()
         return time.perf_counter()
     start = clock()
-    return function(*args), clock() - start
+    result = function(*args)
+    return result, clock() - start
 
 
 def measure(memory, thetas):
@@ -350,7 +351,7 @@ def measure(memory, thetas):
 
 def literal_ms(memory, theta):
     """Milliseconds that the literal descent takes to write theta (P,), ours for the same, and the literal read each way."""
-    (key,), (value,) = lora.split_key(theta[None])
+    key, value = lora.split_key(theta)
     ours = timed(copy.deepcopy(memory).write, key, value)[1]
     twin = copy.deepcopy(memory)
     seconds = {"ours": ours, "write": timed(literal_write, twin, key, value)[1]}
@@ -369,10 +370,11 @@ def bench_memory(memory, thetas, counts, label):
             continue
         before = rows[-1]["T"] if rows else 0
         for name, mode in READS.items() if isinstance(memory, BayesPCN) else [(label, None)]:
-            memory.read_mode = mode
+            if mode:                                                         # a BayesPCN
+                memory.read_mode = mode
             rows.append({"P": P, "memory": name, "hidden": getattr(memory, "hidden", None), "T": t,
                          "write_ms": statistics.mean(ms[before:]), **measure(memory, thetas[:t])})
-            if mode:                                                         # a BayesPCN
+            if mode:
                 literal = literal or literal_ms(memory, lora_like(P, T).to(thetas))
                 # Writes take 60 to 500 steps, each theta its own number: only the same write can be compared.
                 write_all = literal["write"] / literal["ours"] * sum(ms)
@@ -534,8 +536,8 @@ def probe_table(rows):
 
 def with_beta(hopfield, beta):
     """The same memory, K and V shared, with another beta."""
-    other = Hopfield(beta)
-    other.K, other.V = hopfield.K, hopfield.V
+    other = copy.copy(hopfield)
+    other.beta = beta
     return other
 
 

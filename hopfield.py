@@ -34,18 +34,20 @@ class Hopfield:
         """softmax(beta K^T k): the weight of each stored item, (T,) for a key (|k|,), (n, T) for keys (n, |k|).
 
         In float64: TF32 never touches such a product, whatever torch.backends says, and float32 items stay exact.
-        Raises ValueError for an empty memory or a key of another length.
+        Raises ValueError for an empty memory, a key of another length or one that is not finite.
         """
         if self.K is None:
             raise ValueError("the memory is empty: write to it first")
         if key.shape[-1] != len(self.K):
             raise ValueError(f"the key has {key.shape[-1]} elements, those stored have {len(self.K)}")
+        if not key.isfinite().all():
+            raise ValueError("the key holds NaN or infinite elements")
         return torch.softmax(self.beta * (key.double() @ self.K.double()), dim=-1)
 
     def read(self, key):
         """theta_hat (P,) for a key (|k|,), or (n, P) for keys (n, |k|), in the dtype of the key."""
         weights = self.attention(key)                                        # (..., T)
-        used = (weights > 1e-30).reshape(-1, weights.shape[-1]).any(0)       # other columns of V leave no trace: not worth a float64 copy
+        used = (weights > 1e-30).reshape(-1, weights.shape[-1]).any(0)       # columns without weight need no copy in float64
         value = weights[..., used] @ self.V.T[used].double()                 # (..., P - |k|)
         return torch.cat([key, value.to(key.dtype)], dim=-1)                 # (..., P)
 

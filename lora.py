@@ -47,8 +47,8 @@ def parameters(vit):
 def add(vit, rank=8, alpha=ALPHA, generator=None):
     """Wraps query and value of every block. A is drawn as in `init`, B = 0.
 
-    alpha stays when the rank changes, as Hu et al. have it: with AdamW each element moves by about the learning rate, whatever
-    the rank, so a step changes (alpha / r) B A, a sum of r terms, in proportion to alpha.
+    alpha stays when the rank changes, as Hu et al. have it. AdamW moves each element by about the learning rate, so the r terms of
+    B A together move in proportion to r, and (alpha / r) B A in proportion to alpha, whatever the rank.
     Raises ValueError for a rank below 1 or a ViT that has adapters already.
     """
     if rank < 1:
@@ -83,10 +83,11 @@ def get(vit):
 def set(vit, theta):
     """Loads theta (P,) into the adapters, exactly; the substrate is not touched. Raises ValueError for another length."""
     weights = parameters(vit)
-    if theta.shape != (sum(weight.numel() for weight in weights),):
-        raise ValueError(f"theta is {tuple(theta.shape)}, the adapters hold ({sum(w.numel() for w in weights)},)")
+    sizes = [weight.numel() for weight in weights]
+    if theta.shape != (sum(sizes),):
+        raise ValueError(f"theta is {tuple(theta.shape)}, the adapters hold ({sum(sizes)},)")
     theta = theta.to(weights[0].device)                                      # at once, not part by part
-    for weight, part in zip(weights, theta.split([weight.numel() for weight in weights])):
+    for weight, part in zip(weights, theta.split(sizes)):
         weight.copy_(part.view_as(weight))
 
 

@@ -28,7 +28,7 @@ def mts_training(run):
     """Algorithm 3: the task predictor (theta_0 and its head), the memory M_T, and the task keys K_T of a til.Run."""
     task_ids, _ = data.locate(run.train, run.tasks)                          # 3: all D_t at once
     predictor = learn_predictor(run, run.train.images, task_ids)             # 4
-    memory, keys = run.til_training()                                        # 5 to 11: as Algorithm 1
+    memory, keys = run.til_training()                                         # 5 to 11: as Algorithm 1
     return predictor, memory, keys                                           # 12
 
 
@@ -70,11 +70,10 @@ def learn_predictor(run, images, task_ids):
         raise FileNotFoundError(f"{path} is missing or unfinished: run the same command without --predict first")
     if state["epoch"] < epochs:
         images, task_ids = images.to(run.args.device), task_ids.to(run.args.device)
-        before, trainer = state["seconds"], classifier.trainer
-        start = time.perf_counter() - before
+        start, before, trainer = time.perf_counter(), state["seconds"], classifier.trainer
         losses = trainer.fit(images, task_ids, epochs, batch_size, generator, LR, state["epoch"])
         for epoch, (loss, accuracy) in enumerate(losses, state["epoch"] + 1):
-            seconds = time.perf_counter() - start
+            seconds = before + time.perf_counter() - start
             state = {"settings": settings, "epoch": epoch, "theta": lora.get(run.vit).cpu(), "head": til.on_cpu(classifier.head),
                      "loss": loss, "accuracy": accuracy, "seconds": seconds, "images": epoch * len(task_ids),
                      "device": til.device_name(run.args.device), "processes": til.WORLD,
@@ -83,7 +82,7 @@ def learn_predictor(run, images, task_ids):
                 run.save(path, state)
                 print(f"task predictor, epoch {epoch:2}/{epochs}  loss {loss:.4f}  train accuracy {accuracy:6.2f} %  "
                       + til.pace(state["images"], seconds, (epochs - epoch) / epoch), flush=True)
-        run.seconds["task predictor"] = time.perf_counter() - start - before
+        run.seconds["task predictor"] = time.perf_counter() - start
     return state | {"head": classifier.head}
 
 
@@ -125,14 +124,18 @@ def assess(run, predictor, memory, keys):
     for theta in thetas:
         disk.write(*lora.split_key(theta))
     t_hat, logits = mts_inference(run.vit, predictor, heads, images, keys, memory)
-    lists, none = evaluate.switching_hits(t_hat, logits, task_ids, places), always(torch.zeros_like(thetas[0]))
+    lists = evaluate.switching_hits(t_hat, logits, task_ids, places)
+
+    def local(heads, keys, memory, tasks):
+        """Accuracy within the task if the pictures are given to these tasks."""
+        _, logits = mts_inference(run.vit, predictor, heads, images, keys, memory, tasks)
+        return evaluate.switching_hits(tasks, logits, task_ids, places)["local"]
+
+    none, mean = always(torch.zeros_like(thetas[0])), always(thetas.mean(0))
     linear = [*til.linear_heads(run, range(len(keys)))]
-    for name, heads_, keys_, memory_, tasks in (
-            ("gt", heads, keys, disk, task_ids), ("recalled", heads, keys, memory, task_ids), ("none", heads, keys, none, t_hat),
-            ("wrong", heads, keys[-1:] + keys[:-1], disk, t_hat), ("mean", heads, keys, always(thetas.mean(0)), t_hat),
-            ("linear", linear, keys, none, t_hat)):
-        _, logits = mts_inference(run.vit, predictor, heads_, images, keys_, memory_, tasks)
-        lists[name] = evaluate.switching_hits(tasks, logits, task_ids, places)["local"]
+    lists |= {"gt": local(heads, keys, disk, task_ids), "recalled": local(heads, keys, memory, task_ids),
+              "none": local(heads, keys, none, t_hat), "wrong": local(heads, keys[-1:] + keys[:-1], disk, t_hat),
+              "mean": local(heads, keys, mean, t_hat), "linear": local(linear, keys, none, t_hat)}
     return lists, t_hat
 
 

@@ -65,25 +65,25 @@ class Disk:
 
     def write(self, key, value):
         """Stores key (|k|,) with value (P - |k|,)."""
-        self.items[key.numpy().tobytes()] = torch.cat([key, value])
+        self.items[key.numpy().tobytes()] = key, value
 
     def read(self, key):
         """theta (P,) as written; KeyError for a key that is not stored."""
-        return self.items[key.numpy().tobytes()]
+        return torch.cat(self.items[key.numpy().tobytes()])
 
     def state_dict(self):
         """Everything stored, in the order of writing."""
-        return {"thetas": list(self.items.values()), "n_key": len(next(iter(self.items))) // 4}
+        return {"items": list(self.items.values())}
 
     def load_state_dict(self, state):
         """Takes over what state_dict gave."""
-        for theta in state["thetas"]:
-            self.write(theta[:state["n_key"]], theta[state["n_key"]:])
+        for key, value in state["items"]:
+            self.write(key, value)
 
     @property
     def nbytes(self):
         """Size of what is stored in bytes."""
-        return sum(theta.nbytes for theta in self.items.values())
+        return sum(key.nbytes + value.nbytes for key, value in self.items.values())
 
 
 MEMORIES = {                                     # name for --memory: an empty one for vectors theta of dim elements
@@ -98,8 +98,8 @@ class Trainer:
     """AdamW on `parameters` with a cosine decay of the learning rate; forward(x, *view) -> logits of the items x.
 
     views(n, generator) draws for every epoch how its n items are seen (data.flips): tensors with one row an item. One object
-    serves all tasks, since on a GPU the step is captured as a CUDA graph, which takes longer than a small task; unless it is
-    `plain`. `shared`: the processes of torchrun share every batch, instead of each training tasks of its own.
+    serves all tasks: on a GPU its step is captured as a CUDA graph, and capturing takes longer than a small task. `plain`: no
+    graph. `shared`: the processes of torchrun share every batch, instead of each training tasks of its own.
     """
 
     def __init__(self, parameters, forward, views, plain=False, shared=False):
@@ -128,16 +128,17 @@ class Trainer:
         All randomness comes from `generator` (on the CPU). done: epochs that were done before an interruption, where
         optimizer and generator have been set back to. Raises FloatingPointError when the loss is not finite.
         """
-        for state in self.optimizer.state.values() if done == 0 else ():     # of the task before
-            for value in state.values():
-                value.zero_()
+        if done == 0:                                                        # AdamW forgets the task before; in place, since
+            for state in self.optimizer.state.values():                      # the graph reads these very tensors
+                for value in state.values():
+                    value.zero_()
         step, steps = done * math.ceil(len(y) / batch_size), epochs * math.ceil(len(y) / batch_size)
         for epoch in range(done + 1, epochs + 1):
             self.totals.zero_()
             order = torch.randperm(len(y), generator=generator).to(y.device)
             views = [view.to(y.device).split(batch_size) for view in self.views(len(y), generator)]
             for batch, *view in zip(order.split(batch_size), *views):
-                if self.shared and len(batch) % WORLD == 0:                  # an odd last batch is trained by all alike
+                if self.shared and len(batch) % WORLD == 0:                  # an odd last batch is trained, and counted, by all alike
                     batch, *view = (part[RANK::WORLD] for part in (batch, *view))
                 self.lr.fill_(LR_END + (lr - LR_END) / 2 * (1 + math.cos(math.pi * step / steps)))
                 self.run_step(x[batch], y[batch], *view)
@@ -194,8 +195,9 @@ def init_head(head, generator):
 def train_adapter(classifier, images, labels, epochs, batch_size, generator, init=None):
     """Lines 5 and 6 of Algorithm 1: theta_t and the task's head, trained on D_t (uint8 images, labels 0..n_classes - 1).
 
-    init: the generator that theta_t starts from, if it is not the same as for the rest.
-    Returns a dictionary: theta (P,) and head (a state dict) on the CPU, loss and accuracy of the last epoch, seconds, device.
+    init: the generator that theta_t and the head start from, if it is not the same as for the rest.
+    Returns a dictionary: theta (P,) and head (a state dict) on the CPU, loss and accuracy of the last epoch, the number of
+    images trained on (each counts in every epoch), seconds, device.
     """
     start, device = time.perf_counter(), classifier.head.weight.device
     classifier.init(init or generator)
@@ -257,11 +259,12 @@ class Run:
         self.classifier = Classifier(self.vit, len(self.tasks[0]), plain=args.plain)
         self.seconds = {"load": 0, "task predictor": 0, "training": 0}       # what this command has spent on what
         self.adapters = {}                                                   # those that were read, by t
-        validate = "-validate" if args.validate else ""
-        size = "" if self.vit.image_size == self.vit.config.image_size else f"-{self.vit.image_size}px"
-        lora_options = ("" if args.alpha == lora.ALPHA else f"-alpha{args.alpha}") + "-shared-init" * args.shared_init
-        self.folder = args.out / f"{args.dataset}{validate}-{args.splits}s-{args.backbone}{size}-r{args.rank}{lora_options}-seed{seed}"
-        self.memory_name = args.memory + ("-joint" if (args.memory, args.bpcn_read) == ("bayespcn", "joint") else "")
+        parts = [  # part of the folder's name, whether it has that part
+            (args.dataset, True), ("validate", args.validate), (f"{args.splits}s-{args.backbone}", True),
+            (f"{self.vit.image_size}px", self.vit.image_size != self.vit.config.image_size), (f"r{args.rank}", True),
+            (f"alpha{args.alpha}", args.alpha != lora.ALPHA), ("shared-init", args.shared_init), (f"seed{seed}", True)]
+        self.folder = args.out / "-".join(part for part, given in parts if given)
+        self.memory_name = args.memory + ("-joint" if args.bpcn_read == "joint" else "")
         self.config = {
             "dataset": args.dataset, "validate": args.validate, "splits": args.splits, "backbone": args.backbone,
             "rank": args.rank, "alpha": args.alpha, "shared_init": args.shared_init, "seed": seed, "image_size": self.vit.image_size,
@@ -284,7 +287,7 @@ class Run:
         path, head = self.folder / "adapters" / f"{t}.pt", copy.deepcopy(self.classifier.head)
         adapter = self.load(path)
         try:
-            lora.set(self.vit, adapter["theta"])
+            lora.set(self.vit, adapter["theta"])                             # whether it fits; whoever classifies sets its own
             head.load_state_dict(adapter["head"])
             if adapter["t"] != t or [type(adapter[name]) for name in ("images", "seconds", "device")] != [int, float, str]:
                 raise ValueError("another task")
@@ -330,7 +333,7 @@ class Run:
         """
         path = self.folder / f"{self.args.memory}.pt"
         memory = MEMORIES[self.args.memory](len(lora.get(self.vit)), self.args)
-        if path.exists() or WORLD > 1:                                       # an adapter that was removed is trained again
+        if path.exists() or WORLD > 1:                                       # an adapter that was removed; or this process's share
             for t in range(1 + RANK, 1 + len(self.tasks), WORLD):
                 if not (self.folder / "adapters" / f"{t}.pt").exists():
                     self.learn(t, *data.task(self.train, self.tasks[t - 1]))
@@ -382,7 +385,7 @@ def assess(run, adapters, memory, keys):
 
 def linear_heads(run, ts):
     """The control `linear`: yields for each of these tasks, counted from 0, a head trained as in Algorithm 1, but alone, on the
-    features of the bare substrate."""
+    features of the bare substrate. It draws flips that features cannot show, so that its batches are those of theta_t."""
     zero, head = torch.zeros_like(lora.get(run.vit)), copy.deepcopy(run.classifier.head)
     trainer = Trainer([*head.parameters()], lambda features, *view: head(features), data.flips, run.args.plain)
     for t in ts:
@@ -397,7 +400,8 @@ def linear_heads(run, ts):
 
 def results(run):
     """Runs Algorithm 1, then Algorithm 2 on all test images; writes and returns til-<memory>.json."""
-    start, (memory, keys) = time.perf_counter(), run.til_training()
+    start = time.perf_counter()
+    memory, keys = run.til_training()
     written = time.perf_counter()
     adapters = [run.adapter(t) for t in range(1, len(run.tasks) + 1)]
     lists = assess(run, adapters, memory, keys)
@@ -423,8 +427,8 @@ def cost(run, trainings, start, written):
     images, seconds = (sum(training[name] for training in trainings) for name in ("images", "seconds"))
     device, flops = trainings[0]["device"], run.classifier.flops(run.train.images[0].to(run.args.device))
     rate = images / seconds / trainings[0].get("processes", 1)               # of one device
-    memory = written - start - run.seconds["task predictor"] - run.seconds["training"]
-    stages = run.seconds | {"memory": memory, "evaluation": time.perf_counter() - written}
+    writing = written - start - run.seconds["task predictor"] - run.seconds["training"]
+    stages = run.seconds | {"memory": writing, "evaluation": time.perf_counter() - written}
     peak = {"peak_memory_bytes": evaluate.peak_memory()}                     # of the device that computes
     if run.args.device.startswith("cuda"):
         peak = {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "peak_host_bytes": evaluate.peak_memory()}
@@ -506,7 +510,7 @@ def parse(parser):
     group.add_argument("--alpha", type=int, default=lora.ALPHA, help="LoRA's scale is alpha / rank (default: 8)")
     group.add_argument("--epochs", type=int, default=3, help="epochs a task (default: 3)")
     group.add_argument("--batch-size", type=int, help="default: 6 for glyphs, else 64")
-    group.add_argument("--shared-init", action="store_true", help="all tasks start from the same random theta (default: each from its own)")
+    group.add_argument("--shared-init", action="store_true", help="all tasks start from the same random theta and head (default: each from its own)")
     group = parser.add_argument_group("files and machine")
     group.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of the data sets (default: data)")
     group.add_argument("--out", type=Path, default=Path("runs"), help="folder of run folders (default: runs)")

@@ -62,10 +62,11 @@ class Attention(nn.Module):
 
     def forward(self, x, wanted=None):
         """x (B, N, D) -> (B, n, D): the outputs of all N tokens, or of the first n = wanted alone."""
-        B, N, D = x.shape                                                    # batch, tokens, width
-        q, k, v = (layer(tokens).view(B, -1, self.heads, D // self.heads).transpose(1, 2) for layer, tokens in
-                   ((self.query, x[:, :wanted]), (self.key, x), (self.value, x)))    # (B, heads, n or N, D / heads)
-        y = F.scaled_dot_product_attention(q, k, v)                          # (B, heads, n, D / heads)
+        (B, N, D), h = x.shape, self.heads                                   # batch, tokens, width; heads
+        q = self.query(x[:, :wanted]).view(B, -1, h, D // h).transpose(1, 2)         # (B, h, n, D / h)
+        k = self.key(x).view(B, N, h, D // h).transpose(1, 2)                # (B, h, N, D / h)
+        v = self.value(x).view(B, N, h, D // h).transpose(1, 2)              # (B, h, N, D / h)
+        y = F.scaled_dot_product_attention(q, k, v)                          # (B, h, n, D / h)
         return self.proj(y.transpose(1, 2).reshape(B, -1, D))                # (B, n, D)
 
 
@@ -307,14 +308,19 @@ def top1(vit, head, test, device):
 def main():
     """Pretrains vit_tiny on TinyImageNet; writes the weights in float16 and, beside them, a JSON file of the same name."""
     import data                                  # for this command alone: the model above needs nothing of ours
+    import evaluate
     parser = data.Parser("python vit.py --data-dir data --out new.pt", "Pretrain vit_tiny on TinyImageNet.")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder that holds tiny-imagenet-200")
     parser.add_argument("--epochs", type=int, default=300, help="default: 300")
     parser.add_argument("--batch-size", type=int, default=256, help="default: 256")
     parser.add_argument("--lr", type=float, default=0.001, help="peak learning rate of AdamW (default: 0.001)")
     parser.add_argument("--out", type=Path, default=Path("weights/vit_tiny.pt"), help="a file that does not exist yet")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.epochs < 1 or not 1 <= args.batch_size <= 100_000 or not args.lr > 0:
+        raise ValueError(f"--epochs {args.epochs} --batch-size {args.batch_size} --lr {args.lr}: they must be positive, and a batch no "
+                         "larger than the 100,000 training images")
+    evaluate.check_device(args.device)
     if args.out.exists():
         raise ValueError(f"{args.out} exists and runs depend on it: move it away, or name another file with --out")
     torch.manual_seed(0)                         # the random augmentations of torchvision take no generator
