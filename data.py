@@ -14,6 +14,7 @@ import os
 import pickle
 import re
 import shutil
+import stat
 import sys
 import tarfile
 import textwrap
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.folder import pil_loader
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.io import write_png
+from torchvision.io import encode_png
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
@@ -390,6 +391,8 @@ UPRIGHT = {2: [-1], 3: [-1, -2], 4: [-2], 6: [-1], 7: [-1, -2], 8: [-2]}       #
 def read_picture(path):
     """A JPEG, PNG, GIF, WebP or BMP file as uint8 (3, h, w): upright, RGB, the first frame of several. Raises ValueError."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no file")
         with open(path, "rb") as file:
             head = file.read(32)
         if not head.startswith(FORMATS):
@@ -432,7 +435,7 @@ def lock(folder):
     be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
+        file = open(folder / ".lock", "a")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another process is at work in {folder}: wait for it, or name another folder with --out") from None
@@ -475,9 +478,13 @@ def load_tensors(path, mmap=None):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         whole = content.pop("checksum", None) == checksum(content)
-    except (FileNotFoundError, PermissionError):
+    except FileNotFoundError:
         raise
-    except Exception:                            # bytes that are no PyTorch file make torch.load raise almost anything
+    except OSError as error:
+        raise OSError(f"cannot read {path} ({error}): see to the disk, or who may read there") from None
+    except Exception as error:                   # bytes that are no PyTorch file make torch.load raise almost anything
+        if isinstance(error, MemoryError) or re.search(NO_MEMORY, str(error), re.IGNORECASE):
+            raise MemoryError(f"for {path}: {error}") from None
         whole = False
     if not whole:
         raise ValueError(f"{path} is damaged: remove it and run the command again")
@@ -488,6 +495,11 @@ def save_json(path, content):
     """A dictionary as JSON, one line a key, written atomically, with a checksum."""
     content = content | {"checksum": checksum(json_lines(content))}
     atomically(path, lambda scratch: scratch.write_text(f"{{\n{json_lines(content)}\n}}\n"))
+
+
+def save_png(path, picture):
+    """A picture, uint8 (3, h, w), written atomically."""
+    atomically(path, lambda scratch: scratch.write_bytes(encode_png(picture).numpy()))
 
 
 def json_lines(content):
@@ -526,7 +538,7 @@ def crc32(content, crc=0):
 def open_run(folder, config):
     """Makes a run folder, or continues one that was made with the same config. Raises ValueError naming what differs."""
     path = folder / "config.json"
-    if all(file.name in (".lock", "config.json") for file in folder.rglob("*") if file.is_file()):
+    if not any(folder.glob("adapters/*")) and {file.name for file in folder.iterdir()} <= {".lock", "config.json", "adapters"}:
         save_json(path, config)                  # nothing is kept here yet, though a command with other settings may have failed here
     if not path.exists():
         raise ValueError(f"{path} is missing, so nobody knows what is kept beside it: restore it or name another folder with --out")
@@ -566,11 +578,13 @@ def run_command(main):
     def stop(message, code):
         print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(code)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))      # one may be closed
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:                      # whoever read the output, `head` say, has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)                            # as shells have it for a program that ended so
     except (ValueError, OSError, FloatingPointError) as error:
         stop(f"error: {error}", 2)
     except (MemoryError, RuntimeError) as error:
@@ -597,7 +611,7 @@ def main():
     rows = [task(train, [label])[0][:12] for label in range(0, len(train.classes), max(1, len(train.classes) // 12))][:12]
     rows = [F.pad(row, (0, 0, 0, 0, 0, 0, 0, 12 - len(row)), value=255) for row in rows]
     out = args.out or Path(f"{args.dataset}.png")
-    atomically(out, lambda scratch: write_png(make_grid(torch.cat(rows), nrow=12), str(scratch)))
+    save_png(out, make_grid(torch.cat(rows), nrow=12))
     print(f"{out}: 12 samples of {len(rows)} of {len(train.classes)} classes")
 
 

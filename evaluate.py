@@ -7,6 +7,7 @@
 """
 import copy
 import math
+import os
 import platform
 import resource
 import statistics
@@ -18,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
-from torchvision.io import write_png
 from torchvision.utils import make_grid
 
 import data
@@ -194,7 +194,7 @@ def markdown(rows):
 def read_runs(folders):
     """The contents of all til-*.json and mts-*.json in these run folders. Raises ValueError if there is none, or a broken one."""
     results = []
-    for folder in dict.fromkeys(map(Path.resolve, folders)):
+    for folder in dict.fromkeys(map(Path, map(os.path.realpath, folders))):
         if not folder.exists():
             raise ValueError(f"there is no {folder}: name finished run folders")
         paths = sorted([*folder.glob("til-*.json"), *folder.glob("mts-*.json")])
@@ -415,8 +415,8 @@ def bench(words):
     parser.add_argument("--out", type=Path, help="JSON file (default: runs/bench-<device>.json)")
     args = parser.parse_args(words)
     for option, least in (("sizes", 10), ("counts", 1), ("hidden", 1)):      # of 10 elements, one is the key
-        if min(getattr(args, option)) < least:
-            raise ValueError(f"--{option} {min(getattr(args, option))}: it must be at least {least}")
+        if not least <= min(getattr(args, option)) <= max(getattr(args, option)) <= 10 ** 9:
+            raise ValueError(f"--{option} {' '.join(map(str, getattr(args, option)))}: each must be at least {least}, and at most a billion")
     check_device(args.device)
     start, rows, counts = time.perf_counter(), [], sorted(set(args.counts))
     for P in args.sizes:
@@ -449,8 +449,10 @@ def load_run(run):
         config = data.load_json(run / "config.json")
         seed, _ = config["seed"], config["alpha"]                            # folders of earlier versions have no alpha
         data.generator(seed)
-        paths = [run / "adapters" / f"{t}.pt" for t in range(1, config["splits"] + 1)]
-        adapters = [data.load_tensors(path) for path in paths]
+        adapters = [data.load_tensors(run / "adapters" / f"{t}.pt") for t in range(1, config["splits"] + 1)]
+        for t, adapter in enumerate(adapters, 1):
+            if adapter["t"] != t or data.checksum(adapter["config"]) != data.checksum(config):
+                raise ValueError(f"{run}/adapters/{t}.pt is another task's, or of another run than config.json: remove it and run til.py again")
         return config, torch.stack([adapter["theta"] for adapter in adapters]), [adapter["head"] for adapter in adapters]
     except (FileNotFoundError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{run} does not hold config and all adapters of a run ({error}): finish it with til.py") from None
@@ -466,7 +468,7 @@ def classify_with(config, heads, args):
     train, test = data.load(config["dataset"], args.data_dir)
     if config["validate"]:
         train, test = data.hold_out(train)
-    for name, found in (("weights", til.weights_checksum(vit)), ("test_data", data.checksum(*test))):
+    for name, found in (("weights", til.weights_checksum(vit)), ("positions", data.checksum(vit.pos_embed)), ("test_data", data.checksum(*test))):
         if found != config[name]:
             raise ValueError(f"{name} {found} are not those of the run, {config[name]}: name them with --weights and --data-dir")
     til.equip(vit, config["rank"], args.device, alpha=config["alpha"])
@@ -551,7 +553,7 @@ def draw(path, panels, nrow, height=None):
     rgb = rgb.repeat_interleave(height or width, 2).repeat_interleave(width, 3)
     if width >= 8:                                                           # room for a line between cells
         rgb[:, :, ::height or width], rgb[..., ::width] = 80, 80
-    data.atomically(path, lambda scratch: write_png(make_grid(rgb, nrow=nrow, padding=6, pad_value=255), str(scratch)))
+    data.save_png(path, make_grid(rgb, nrow=nrow, padding=6, pad_value=255))
 
 
 def probe(words):

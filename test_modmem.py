@@ -174,11 +174,13 @@ def test_positions_of_the_native_grid_are_not_touched():
     assert torch.equal(substrate.resize_positions(positions, 16)[:, :1], positions[:, :1])
 
 
-def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, monkeypatch):
     state = torch.load(HERE / "weights" / "vit_tiny.pt", weights_only=True)
     path = tmp_path / "w.pt"
     for change, words in (({"norm.bias": None}, "norm.bias"), ({"extra": torch.ones(1)}, "extra"),
-                          ({"norm.bias": torch.ones(7)}, "norm.bias"), ({"pos_embed": torch.ones(1, 5, 3)}, "pos_embed")):
+                          ({"norm.bias": torch.ones(7)}, "norm.bias"), ({"pos_embed": torch.ones(1, 5, 3)}, "pos_embed"),
+                          ({"pos_embed": torch.ones(1, 5, 0)}, "does not fit"), ({"attn.qkv.bias": torch.tensor(1.0)}, "does not fit"),
+                          ({1: torch.ones(1)}, "not a whole file")):
         torch.save({key: value for key, value in (state | change).items() if value is not None}, path)
         with pytest.raises(ValueError, match=words):
             substrate.load("vit_tiny", path)
@@ -187,6 +189,12 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="not a whole file"):
             substrate.load("vit_tiny", path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))         # where downloads, and files put there by hand, are kept
+    downloaded = tmp_path / "checkpoints" / "dinov2_vits14_pretrain.pth"
+    downloaded.parent.mkdir()
+    downloaded.write_bytes(whole[:200_000] + b"x" + whole[200_001:])
+    with pytest.raises(ValueError, match=f"{downloaded} is not a whole file"):
+        substrate.load("dinov2_vits14")
     with pytest.raises(FileNotFoundError, match="--weights"):
         substrate.load("vit_tiny", tmp_path / "none.pt")
     with pytest.raises(ValueError, match="vit_b_16"):
@@ -203,12 +211,16 @@ def test_what_pretraining_writes_can_be_loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "load", lambda name, data_dir: (images, images))
     monkeypatch.setattr(substrate, "pretrain", lambda *args: (vit, nn.Linear(192, 200)))
-    code, out, err = command(substrate.main, "--out", tmp_path / "new.pt", "--device", "cpu")
+    code, out, err = command(substrate.main, "--out", tmp_path / "new.pt", "--device", "cpu", "--batch-size", 4)
     assert code == 0 and "top-1" in out and json.loads((tmp_path / "new.json").read_text())["epochs"] == 300, err
     loaded = substrate.load("vit_tiny", tmp_path / "new.pt").state_dict()
     assert all(torch.equal(loaded[name], value.half().float()) for name, value in vit.state_dict().items())
-    code, out, err = command(substrate.main, "--out", tmp_path / "new.pt", "--device", "cpu")
+    code, out, err = command(substrate.main, "--out", tmp_path / "new.pt", "--device", "cpu", "--batch-size", 4)
     assert code == 2 and "new.pt exists" in err
+    (tmp_path / "mine.json").write_text("mine")
+    for name, said in (("mine.pt", "mine.json exists"), ("new.json", "must end in .pt")):
+        code, out, err = command(substrate.main, "--out", tmp_path / name)
+        assert code == 2 and said in err and (tmp_path / "mine.json").read_text() == "mine"
     for option, value in (("--epochs", 0), ("--batch-size", 0), ("--batch-size", 200_000), ("--lr", -1), ("--device", "tpu")):
         code, out, err = command(substrate.main, "--out", tmp_path / "other.pt", option, value)
         assert code == 2 and option in err and err.count("\n") == 1 and not (tmp_path / "other.pt").exists()
@@ -772,6 +784,9 @@ def test_pictures_of_any_size_and_mode(tmp_path):
         assert data.read_picture(path).shape == (3, 30, 50) and data.square(data.read_picture(path)).shape == (3, 30, 30)
     write_png(picture, str(path))
     assert torch.equal(data.read_picture(path), picture)
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="it is no file"):
+        data.read_picture(tmp_path / "pipe.png")
     for content in (b"", b"no picture", path.read_bytes()[:60]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="p.png cannot be read"):
@@ -803,6 +818,18 @@ def test_a_file_whose_content_was_changed_is_refused(tmp_path):
         torch.save(stored | change, path)
         with pytest.raises(ValueError, match="a.pt is damaged"):
             data.load_tensors(path)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate")])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, error):
+    """Or its owner would remove it."""
+    def fails(*args, **options):
+        raise error
+    data.save_tensors(tmp_path / "a.pt", {"a": randn(3)})
+    monkeypatch.setattr(torch, "load", fails)
+    for read in (data.load_tensors, lambda path: substrate.load("vit_tiny", path)):
+        code, out, err = command(lambda: read(tmp_path / "a.pt"))
+        assert code == 2 and err.count("\n") == 1 and "remove" not in err and ("out of memory" in err) == (not isinstance(error, OSError))
 
 
 def test_tensor_files_run_no_code(tmp_path):
@@ -1034,6 +1061,19 @@ def test_damaged_and_swapped_files_of_a_run_are_named(cifar, tmp_path):
     (folder / "adapters" / "4.pt").unlink()                              # trained again, to the same bits
     assert command(til.main, *words)[0] == 0
     assert torch.equal(data.load_tensors(folder / "adapters" / "4.pt")["theta"], adapter["theta"])
+    state = torch.load(HERE / "weights" / "vit_tiny.pt", weights_only=True)
+    torch.save(state | {"pos_embed": state["pos_embed"].flip(1)}, tmp_path / "w.pt")
+    code, out, err = command(til.main, *words, "--weights", tmp_path / "w.pt")
+    assert code == 2 and "was made with positions" in err
+    adapters = folder / "adapters"                                       # exchanged
+    (adapters / "1.pt").rename(adapters / "x.pt"), (adapters / "2.pt").rename(adapters / "1.pt"), (adapters / "x.pt").rename(adapters / "2.pt")
+    for main, line in ((til.main, words), (evaluate.main, ("probe", folder))):
+        code, out, err = command(main, *line)
+        assert code == 2 and "adapters/1.pt" in err
+    (folder / "hopfield.pt").unlink(), (folder / "til-hopfield.json").unlink()
+    adapters.rename(tmp_path / "elsewhere"), adapters.symlink_to(tmp_path / "elsewhere")          # on a larger disk, say
+    code, out, err = command(til.main, *words, "--batch-size", 3)
+    assert code == 2 and "was made with batch_size" in err
     (folder / "config.json").unlink()
     code, out, err = command(til.main, *words)
     assert code == 2 and "config.json is missing" in err
@@ -1050,7 +1090,7 @@ def test_a_loss_that_is_not_finite_is_named(tiny):
 @pytest.mark.parametrize("words, said", [
     (("--splits", 7), "do not divide"), (("--splits", 100), "two and more"), (("--splits", 0), "at least 1"), (("--splits", "x"), "invalid int"),
     (("--dataset", "mnist"), "mnist"), (("--memory", "brain"), "brain"), (("--backbone", "resnet"), "resnet"),
-    (("--weights", "no/such.pt"), "no/such.pt"), (("--image-size", 17), "positive multiple of the patch"), (("--image-size", -8), "image size -8"),
+    (("--weights", "no/such.pt"), "no/such.pt"), (("--image-size", 17), "positive multiple of the patch"), (("--image-size", -8), "image size -8"), (("--image-size", 8 * 10 ** 20), "below 100,000"), (("--alpha", 10 ** 400), "at most a million"),
     (("--rank", 0), "--rank"), (("--alpha", 0), "--alpha"), (("--seeds", -1), "--seeds"), (("--seeds", 1, 1), "--seeds"), (("--epochs", 0), "--epochs"), (("--batch-size", -1), "--batch-size"), (("--nonsense",), "nonsense"),
     (("--device", "tpu"), "--device"), (("--predict", "none.png"), "none.png"), (("--task", 1), "--predict"),
     (("--predict", HERE / "README.md"), "--task"), (("--predict", HERE / "README.md", "--task", 1), "without --predict first")])
@@ -1067,8 +1107,9 @@ def test_cuda_without_a_gpu():
 
 
 def test_without_network_and_data_one_line_says_what_to_do(tmp_path):
-    """The real command in a process of its own; a proxy that refuses stands for a machine without network."""
-    environment = os.environ | {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "all_proxy": ""}
+    """The real command in a process of its own; a proxy that refuses stands for a machine without network. RANK and WORLD_SIZE
+    count only if torchrun has set them."""
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "x", "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "all_proxy": ""}
     command = [sys.executable, HERE / "til.py", "--dataset", "cifar100", "--splits", "20", "--memory", "hopfield"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     line = done.stderr.splitlines()[-1]
@@ -1278,9 +1319,10 @@ def test_the_literal_write_and_read_are_the_fast_ones():
 
 def run_folder(folder, thetas):
     """The parts of a finished run that `probe` reads."""
+    config = {"dataset": "made up", "splits": len(thetas), "rank": 8, "alpha": 8, "seed": 3}
     for t, theta in enumerate(thetas, 1):
-        data.save_tensors(folder / "adapters" / f"{t}.pt", {"theta": theta, "head": {}})
-    data.save_json(folder / "config.json", {"dataset": "made up", "splits": len(thetas), "rank": 8, "alpha": 8, "seed": 3})
+        data.save_tensors(folder / "adapters" / f"{t}.pt", {"theta": theta, "head": {}, "t": t, "config": config})
+    data.save_json(folder / "config.json", config)
 
 
 def test_probe_tells_exact_recall_from_the_mean(tmp_path, monkeypatch):
@@ -1310,7 +1352,7 @@ def test_probe_tells_exact_recall_from_the_mean(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, said", [
-    (("bench", "--sizes", 9), "--sizes 9"), (("bench", "--counts", 3, 0), "--counts 0"), (("bench", "--hidden", -1), "--hidden -1"),
+    (("bench", "--sizes", 9), "--sizes 9"), (("bench", "--counts", 3, 0), "--counts 3 0"), (("bench", "--hidden", -1), "--hidden -1"), (("bench", "--sizes", 10 ** 20), "at most a billion"),
     (("bench", "--device", "tpu"), "--device"), (("probe", "no/such"), "no/such/config.json"), (("probe",), "run"), ((), "runs"),
     (("probe", "{empty}"), "does not hold config and all adapters")])
 def test_mistakes_in_evaluate(tmp_path, words, said):
@@ -1439,6 +1481,11 @@ def test_a_second_process_on_a_run_folder_is_refused(cifar, tmp_path):
     (folder / ".3.pt.123.part").write_bytes(b"half of it")
     with data.lock(folder):
         assert not (folder / ".3.pt.123.part").exists()
+    (folder / ".lock").unlink()
+    (folder / ".lock").symlink_to(tmp_path / "mine")                         # by whoever made the folder
+    (tmp_path / "mine").write_text("mine")
+    with data.lock(folder):
+        assert (tmp_path / "mine").read_text() == "mine"
 
 
 def limited(limit, value):
@@ -1455,6 +1502,30 @@ def test_a_full_disk_keeps_what_was_finished(cifar, tmp_path):
     assert len([*folder.glob("adapters/*.pt")]) == 20 and not [*folder.rglob("*.part")] and not (folder / "hopfield.pt").exists()
     code, out, err = command(til.main, *words[2:])
     assert code == 0 and "task " not in out
+
+
+def test_a_full_disk_leaves_no_half_of_a_picture(tmp_path):
+    (tmp_path / "train" / "noise").mkdir(parents=True)
+    for i in range(2):
+        noise = torch.randint(0, 256, (3, 200, 200), dtype=torch.uint8, generator=data.generator(i))
+        write_png(noise, str(tmp_path / "train" / "noise" / f"{i}.png"))
+    words = [sys.executable, HERE / "data.py", "--dataset", "folder", "--data-dir", tmp_path, "--out", tmp_path / os.fsdecode(b"p\xff.png")]
+    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limited(resource.RLIMIT_FSIZE, 8000))
+    assert done.returncode == 2 and "cannot write" in done.stderr and [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
+def test_streams_that_are_closed(monkeypatch):
+    """Both from the start, as Python has it then; and standard output by a reader that has gone: that is no success."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    data.run_command(lambda: print("to", sys.stdout, file=sys.stderr))
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        with pytest.raises(SystemExit) as stop:
+            data.run_command(lambda: print("to nobody"))
+    assert stop.value.code == 141
 
 
 def test_a_run_folder_that_cannot_be_written_is_named_and_kept(cifar, tmp_path, monkeypatch):
@@ -1482,7 +1553,7 @@ def test_a_run_folder_that_cannot_be_written_is_named_and_kept(cifar, tmp_path, 
     assert sorted(path.name for path in before) == [".lock", "1.pt", "2.pt", "3.pt", "config.json"]
 
     def only_reads(path, mode):
-        if mode == "w":
+        if mode == "a":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return open(path, mode)
 

@@ -29,7 +29,7 @@ from bayespcn import BayesPCN
 from hopfield import Hopfield
 
 LR, LR_END, WEIGHT_DECAY = 0.005, 0.0001, 0.1                                # paper, A.2
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))    # set by torchrun
+RANK, WORLD = (int(os.environ[x]) for x in ("RANK", "WORLD_SIZE")) if "TORCHELASTIC_RUN_ID" in os.environ else (0, 1)    # torchrun's
 
 
 # ---- the two algorithms --------------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def equip(vit, rank, device, plain=False, alpha=lora.ALPHA):
 
 
 def weights_checksum(vit):
-    """Tells one weights file from another; not of the positions, which are resized, so that it is the same at every size."""
+    """Tells one weights file from another, but for the positions, which are resized, so that it is the same at every size."""
     return data.checksum(*(value for name, value in vit.state_dict().items() if name != "pos_embed"))
 
 
@@ -268,7 +268,8 @@ class Run:
         self.config = {
             "dataset": args.dataset, "validate": args.validate, "splits": args.splits, "backbone": args.backbone,
             "rank": args.rank, "alpha": args.alpha, "shared_init": args.shared_init, "seed": seed, "image_size": self.vit.image_size,
-            "epochs": args.epochs, "batch_size": args.batch_size, "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY, "weights": weights,
+            "epochs": args.epochs, "batch_size": args.batch_size, "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY,
+            "weights": weights, "positions": data.checksum(self.vit.pos_embed),
             "train_images": len(train.labels), "train_data": data.checksum(*train),
             "test_images": len(test.labels), "test_data": data.checksum(*test), "class_order": self.tasks}
         if args.predict and not (self.folder / f"{args.memory}.pt").exists():
@@ -541,8 +542,8 @@ def set_arithmetic():
 def check_options(args):
     """Raises ValueError or FileNotFoundError for what can be known to be wrong before any work is done."""
     for option in ("splits", "rank", "alpha", "epochs", "batch_size", "predictor_epochs", "predictor_batch_size"):
-        if getattr(args, option, None) is not None and getattr(args, option) < 1:
-            raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}: it must be at least 1")
+        if getattr(args, option, None) is not None and not 1 <= getattr(args, option) <= 10 ** 6:
+            raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}: it must be at least 1, and at most a million")
     if args.dataset in data.N_CLASSES:
         data.split(data.N_CLASSES[args.dataset], args.splits, 0)             # raises if they cannot be shared out
     config = substrate.CONFIGS[args.backbone]

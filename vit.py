@@ -8,12 +8,13 @@ arXiv 2304.07193) and torchvision's ViT-B/16.
 """
 import math
 import re
+import tempfile
 import textwrap
 import time
 import zipfile
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import URLError
 
 import torch
 import torch.nn as nn
@@ -122,8 +123,8 @@ class ViT(nn.Module):
 
 def grid(config, image_size):
     """Patches along a side of an image. Raises ValueError if they are not a whole number."""
-    if image_size < 1 or image_size % config.patch:
-        raise ValueError(f"image size {image_size} is not a positive multiple of the patch size {config.patch}")
+    if not 1 <= image_size < 10 ** 5 or image_size % config.patch:
+        raise ValueError(f"image size {image_size} is not a positive multiple of the patch size {config.patch} below 100,000")
     return image_size // config.patch
 
 
@@ -138,10 +139,10 @@ def load(name, weights=None, image_size=None):
         raise ValueError(f"unknown backbone '{name}': choose one of {', '.join(CONFIGS)}")
     vit = ViT(CONFIGS[name], image_size)
     state, source = read_weights(name, weights)
-    state = rename(state, vit.config.rename)
-    if "pos_embed" in state:
-        state["pos_embed"] = resize_positions(state["pos_embed"], grid(vit.config, vit.image_size))
     try:
+        state = rename(state, vit.config.rename)
+        if "pos_embed" in state:
+            state["pos_embed"] = resize_positions(state["pos_embed"], grid(vit.config, vit.image_size))
         vit.load_state_dict(state)
     except RuntimeError as error:                # names the missing and unexpected keys and the wrong shapes
         raise ValueError(f"{source} does not fit {name}: {textwrap.shorten(str(error), 600)}") from None
@@ -151,29 +152,32 @@ def load(name, weights=None, image_size=None):
 
 
 def read_weights(name, weights):
-    """The state dict as published, without executing pickles, and the file or URL it came from."""
-    url = CONFIGS[name].url
-    path = Path(weights) if weights else None if url else Path(__file__).parent / "weights" / f"{name}.pt"
+    """The state dict as published, without executing pickles, and the file it came from: downloaded if it is not there."""
+    url, path = CONFIGS[name].url, Path(weights or Path(__file__).parent / "weights" / f"{name}.pt")
+    if url and not weights:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                torch.hub.download_url_to_file(url, str(path))
+        except (OSError, HTTPException) as error:
+            raise FileNotFoundError(f"cannot download {url} ({error}): put the file at {path}, name it with --weights FILE, or use "
+                                    "--backbone vit_tiny, which ships with the project") from None
     try:
-        if path is None:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-            raise ValueError
-        if path and zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():    # torch.load looks at no checksum
-            raise ValueError
-        return state, path or url
-    except URLError as error:
-        target = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-        raise FileNotFoundError(f"cannot download {url} ({error.reason}): put the file at {target}, name it with "
-                                "--weights FILE, or use --backbone vit_tiny, which ships with the project") from None
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        broken = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()    # torch.load looks at no checksum
+        whole = not broken and all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items())
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights file {path}: give an existing file with --weights") from None
-    except PermissionError:
+    except (OSError, MemoryError):
         raise
-    except Exception:                            # bytes that are no PyTorch file make torch.load raise almost anything
-        raise ValueError(f"{path or url} is not a whole file of PyTorch weights: fetch it again") from None
+    except Exception as error:                   # bytes that are no PyTorch file make torch.load raise almost anything
+        if "alloc" in str(error):                # or there is no memory to read them into
+            raise MemoryError(f"for {path}: {error}") from None
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} is not a whole file of PyTorch weights: remove it and fetch it again")
+    return state, path
 
 
 def rename(state, rules):
@@ -317,14 +321,20 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("weights/vit_tiny.pt"), help="a file that does not exist yet")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.epochs < 1 or not 1 <= args.batch_size <= 100_000 or not args.lr > 0:
-        raise ValueError(f"--epochs {args.epochs} --batch-size {args.batch_size} --lr {args.lr}: they must be positive, and a batch no "
-                         "larger than the 100,000 training images")
+    if args.epochs < 1 or args.batch_size < 1 or not args.lr > 0:
+        raise ValueError(f"--epochs {args.epochs} --batch-size {args.batch_size} --lr {args.lr}: they must be positive")
     evaluate.check_device(args.device)
-    if args.out.exists():
-        raise ValueError(f"{args.out} exists and runs depend on it: move it away, or name another file with --out")
+    if args.out.suffix != ".pt":
+        raise ValueError(f"--out {args.out}: the name of a weights file must end in .pt")
+    for path in (args.out, args.out.with_suffix(".json")):
+        if path.exists():
+            raise ValueError(f"{path} exists and runs depend on it: move it away, or name another file with --out")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.out.parent).close()                      # raises an OSError now, not after the training
     torch.manual_seed(0)                         # the random augmentations of torchvision take no generator
     train, test = data.load("tinyimagenet", args.data_dir)
+    if args.batch_size > len(train.labels):
+        raise ValueError(f"--batch-size {args.batch_size} is more than the {len(train.labels)} training images")
     start = time.perf_counter()
     vit, head = pretrain(train, args.epochs, args.batch_size, args.lr, args.device)
     seconds = time.perf_counter() - start
