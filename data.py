@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR100
 from torchvision.datasets.folder import pil_loader
-from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.datasets.utils import check_integrity, download_and_extract_archive
 from torchvision.io import encode_png
 from torchvision.transforms import v2
 from torchvision.utils import make_grid
@@ -71,8 +71,10 @@ def fetch(url, md5, folder):
         download_and_extract_archive(url, folder.parent, scratch, md5=md5)
         os.replace(scratch / folder.name, folder)
     except (OSError, RuntimeError, tarfile.TarError) as error:               # no network, a broken download, a full disk
-        raise FileNotFoundError(f"cannot fetch {url} ({error}): put {Path(url).name} (md5 {md5}) into {folder.parent} by hand, "
-                                f"or unpack it so that {folder} is there") from None
+        archive = folder.parent / Path(url).name
+        what = f"remove {archive}, which is broken, and put a whole one" if archive.exists() and not check_integrity(archive, md5) else "put it"
+        raise FileNotFoundError(f"cannot fetch {url} ({error}): {what} (md5 {md5}) into {folder.parent} by hand, or unpack it so that "
+                                f"{folder} is there") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -176,8 +178,9 @@ def decode_tiny_imagenet(folder, n_classes=200, n_train=500, n_val=50):
         labels = torch.tensor([label for _, label in pairs], dtype=torch.int64)
         counts = labels.bincount(minlength=n_classes).tolist()
         if counts != [each] * n_classes:
-            raise ValueError(f"{folder / half}: expected {each} images in each of {n_classes} classes, found "
-                             f"{min(counts)} to {max(counts)} in {len(counts)}: unpack the archive again")
+            odd = next((f", {n} in {wnid}" for wnid, n in zip(wnids, counts) if n != each), "")
+            raise ValueError(f"{folder / half}: expected {each} images in each of {n_classes} classes, found {len(counts)} classes{odd}: "
+                             "unpack the archive again")
         # Processes, since PIL decodes with Python's lock held: threads make it slower. They hand over 2.5 MB at a time, and end
         # when this process is killed.
         loader = DataLoader([path for path, _ in pairs], batch_size=200, num_workers=min(8, torch.get_num_threads()),
@@ -194,14 +197,17 @@ def decode_tiny_imagenet(folder, n_classes=200, n_train=500, n_val=50):
 def decode_64(paths):
     """Pictures of the data set, uint8 (n, 3, 64, 64); or the error of the first that is broken: raised, it would come out of the
     DataLoader inside a traceback."""
-    try:
-        pictures = [read_picture(path) for path in paths]
-        for path, picture in zip(paths, pictures):
-            if picture.shape != (3, 64, 64):
-                raise ValueError(f"{path} has {picture.shape[2]} x {picture.shape[1]} pixels, expected 64 x 64: unpack the archive again")
-        return torch.stack(pictures)
-    except ValueError as error:
-        return error
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(read_picture(path))
+        except OSError as error:
+            return error
+        except ValueError:
+            return ValueError(f"{path} is not a whole picture: unpack the archive again")
+        if pictures[-1].shape != (3, 64, 64):
+            return ValueError(f"{path} has not 64 x 64 pixels: unpack the archive again")
+    return torch.stack(pictures)
 
 
 def read_lines(path):
@@ -268,11 +274,11 @@ def folder(data_dir, side=224):
 
     Without test/, every fifth picture of a class, in the order of the names, is for testing.
     """
-    classes, in_test = (sorted(path.name for path in (data_dir / half).glob("[!.]*") if path.is_dir()) for half in ("train", "test"))
+    classes, in_test = ([path.name for path in visible(data_dir / half) if path.is_dir()] for half in ("train", "test"))
     if not classes:
         raise FileNotFoundError(f"there is no class folder in {data_dir / 'train'}: --data-dir takes a folder that holds "
                                 "train/<class>/<picture> and, if you like, test/<class>/<picture>")
-    pairs = {half: [(path, label) for label, name in enumerate(classes) for path in sorted((data_dir / half / name).glob("[!.]*"))]
+    pairs = {half: [(path, label) for label, name in enumerate(classes) for path in visible(data_dir / half / name)]
              for half in ("train", "test")}
     if not (data_dir / "test").exists():
         labels = torch.tensor([label for _, label in pairs["train"]])
@@ -288,6 +294,11 @@ def folder(data_dir, side=224):
         images = [v2.functional.resize(picture, [side, side], v2.InterpolationMode.BICUBIC) for picture in squares]
         halves.append(Images(torch.stack(images), torch.tensor([label for _, label in found]), classes))
     return tuple(halves)
+
+
+def visible(folder):
+    """What is in a folder, in the order of the names, but for hidden files; nothing, if there is no folder. Raises PermissionError."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
 
 
 LOADERS = {"glyphs": glyphs, "cifar100": cifar100, "tinyimagenet": tiny_imagenet, "folder": folder}
@@ -401,6 +412,8 @@ def read_picture(path):
             raise ValueError("it has 16 bits a channel")
         picture = pil_loader(str(path))          # refuses pictures so large that they would exhaust the memory
         orientation, pixels = picture.getexif().get(0x0112, 1), v2.functional.pil_to_tensor(picture)
+    except PermissionError:
+        raise
     except Exception as error:                   # broken bytes make a decoder raise almost anything
         raise ValueError(f"{path} cannot be read as a picture ({str(error) or type(error).__name__}): remove it, or convert it to "
                          "JPEG or PNG with 8 bits a channel") from None
@@ -429,20 +442,24 @@ def atomically(path, write):
             scratch.unlink(missing_ok=True)
 
 
-def lock(folder):
+def lock(folder, rank=0, world=1):
     """Keeps other processes out of a folder for as long as the file that it returns is open, even if this one is killed, and
-    clears away what was half written when one was. Raises ValueError if another process has the folder, OSError if it cannot
-    be written to."""
+    clears away what was half written when one was. The processes of torchrun share the lock, as soon as the first one had it alone:
+    if only one of them is killed, the others still hold it. Raises ValueError if another process has the folder, OSError if it
+    cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if rank == 0:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for scratch in folder.rglob(".*.part"):
+                scratch.unlink(missing_ok=True)
+        if world > 1:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another process is at work in {folder}: wait for it, or name another folder with --out") from None
     except OSError as error:
         raise OSError(f"cannot write into {folder} ({error}): see who may write there, or name another folder with --out") from None
-    for scratch in folder.rglob(".*.part"):
-        scratch.unlink(missing_ok=True)
     return file
 
 
@@ -538,7 +555,8 @@ def crc32(content, crc=0):
 def open_run(folder, config):
     """Makes a run folder, or continues one that was made with the same config. Raises ValueError naming what differs."""
     path = folder / "config.json"
-    if not any(folder.glob("adapters/*")) and {file.name for file in folder.iterdir()} <= {".lock", "config.json", "adapters"}:
+    adapters = folder / "adapters"
+    if {file.name for file in folder.iterdir()} <= {".lock", path.name, adapters.name} and not (adapters.exists() and [*adapters.iterdir()]):
         save_json(path, config)                  # nothing is kept here yet, though a command with other settings may have failed here
     if not path.exists():
         raise ValueError(f"{path} is missing, so nobody knows what is kept beside it: restore it or name another folder with --out")
@@ -585,9 +603,13 @@ def run_command(main):
     except BrokenPipeError:                      # whoever read the output, `head` say, has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)                            # as shells have it for a program that ended so
+    except PermissionError as error:
+        stop(f"error: {error}: see whose it is and who may read and write there", 2)
     except (ValueError, OSError, FloatingPointError) as error:
         stop(f"error: {error}", 2)
     except (MemoryError, RuntimeError) as error:
+        if re.search("(closed|reset) by peer", str(error)):
+            stop("error: another process of torchrun has ended, its message says why; what was finished is kept", 2)
         if isinstance(error, RuntimeError) and not re.search(NO_MEMORY, str(error), re.IGNORECASE):
             raise
         reason = textwrap.shorten((str(error) or "MemoryError").splitlines()[0], 200, placeholder=" ...")

@@ -200,8 +200,11 @@ def read_runs(folders):
         paths = sorted([*folder.glob("til-*.json"), *folder.glob("mts-*.json")])
         if not paths and (folder / "config.json").exists():
             print(f"{folder} has no results yet: its run is not finished", file=sys.stderr)
+        config = data.load_json(folder / "config.json") if (folder / "config.json").exists() else {}
         for path in paths:
             results.append(data.load_json(path))
+            if any(results[-1].get(key) != value for key, value in config.items()):
+                raise ValueError(f"{path} is of another run than config.json beside it: remove it and run the command again")
             try:
                 report(results[-1:])                                         # only to see whether a table can be made of it
             except (KeyError, TypeError, AttributeError):
@@ -416,7 +419,8 @@ def bench(words):
     args = parser.parse_args(words)
     for option, least in (("sizes", 10), ("counts", 1), ("hidden", 1)):      # of 10 elements, one is the key
         if not least <= min(getattr(args, option)) <= max(getattr(args, option)) <= 10 ** 9:
-            raise ValueError(f"--{option} {' '.join(map(str, getattr(args, option)))}: each must be at least {least}, and at most a billion")
+            values = " ".join(map(str, getattr(args, option)))
+            raise ValueError(f"--{option} {values}: each must be at least {least}, and at most a billion")
     check_device(args.device)
     start, rows, counts = time.perf_counter(), [], sorted(set(args.counts))
     for P in args.sizes:
@@ -452,7 +456,8 @@ def load_run(run):
         adapters = [data.load_tensors(run / "adapters" / f"{t}.pt") for t in range(1, config["splits"] + 1)]
         for t, adapter in enumerate(adapters, 1):
             if adapter["t"] != t or data.checksum(adapter["config"]) != data.checksum(config):
-                raise ValueError(f"{run}/adapters/{t}.pt is another task's, or of another run than config.json: remove it and run til.py again")
+                raise ValueError(f"{run}/adapters/{t}.pt is another task's, or of another run than config.json: remove it and run til.py "
+                                 "again")
         return config, torch.stack([adapter["theta"] for adapter in adapters]), [adapter["head"] for adapter in adapters]
     except (FileNotFoundError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{run} does not hold config and all adapters of a run ({error}): finish it with til.py") from None
@@ -468,7 +473,8 @@ def classify_with(config, heads, args):
     train, test = data.load(config["dataset"], args.data_dir)
     if config["validate"]:
         train, test = data.hold_out(train)
-    for name, found in (("weights", til.weights_checksum(vit)), ("positions", data.checksum(vit.pos_embed)), ("test_data", data.checksum(*test))):
+    here = {"weights": til.weights_checksum(vit), "positions": data.checksum(vit.pos_embed), "test_data": data.checksum(*test)}
+    for name, found in here.items():
         if found != config[name]:
             raise ValueError(f"{name} {found} are not those of the run, {config[name]}: name them with --weights and --data-dir")
     til.equip(vit, config["rank"], args.device, alpha=config["alpha"])

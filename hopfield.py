@@ -40,8 +40,8 @@ class Hopfield:
             raise ValueError("the memory is empty: write to it first")
         if key.shape[-1] != len(self.K):
             raise ValueError(f"the key has {key.shape[-1]} elements, those stored have {len(self.K)}")
-        if not key.isfinite().all():
-            raise ValueError("the key holds NaN or infinite elements")
+        if not key.is_floating_point() or not key.isfinite().all():
+            raise ValueError("the key must hold finite floating point numbers")
         return torch.softmax(self.beta * (key.double() @ self.K.double()), dim=-1)
 
     def read(self, key):
@@ -58,8 +58,9 @@ class Hopfield:
     def load_state_dict(self, state):
         """Takes over what state_dict gave. Raises ValueError if K and V do not fit together."""
         K, V = state["K"], state["V"]
-        if not (K is V is None or K.ndim == V.ndim == 2 and K.shape[1] == V.shape[1] and K.is_floating_point() and V.is_floating_point()):
-            raise ValueError("K and V must be two matrices with one column for each stored item")
+        if K is not None or V is not None:
+            if not all(torch.is_tensor(x) and x.is_floating_point() and x.ndim == 2 for x in (K, V)) or K.shape[1] != V.shape[1]:
+                raise ValueError("K and V must be two matrices with one column for each stored item")
         self.K, self.V = K, V
 
     @property

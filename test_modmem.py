@@ -343,8 +343,12 @@ def test_hopfield_state_bytes_and_errors(tmp_path):
             memory.write(key, value)
     with pytest.raises(ValueError, match="key has 7"):
         memory.read(torch.ones(7))
-    with pytest.raises(ValueError, match="NaN"):
-        memory.read(keys[0] * torch.nan)
+    for key in (keys[0] * torch.nan, keys[0].long()):
+        with pytest.raises(ValueError, match="finite floating point"):
+            memory.read(key)
+    for state in ({"K": keys.T, "V": None}, {"K": keys.T, "V": values}):
+        with pytest.raises(ValueError, match="K and V"):
+            again.load_state_dict(state)
     with pytest.raises(ValueError, match="beta"):
         hopfield.Hopfield(beta=float("nan"))
     assert memory.K.shape == (30, 6) and memory.V.shape == (50, 6)
@@ -1486,6 +1490,13 @@ def test_a_second_process_on_a_run_folder_is_refused(cifar, tmp_path):
     (tmp_path / "mine").write_text("mine")
     with data.lock(folder):
         assert (tmp_path / "mine").read_text() == "mine"
+    first = data.lock(folder, 0, 2)                                          # of two processes of torchrun
+    with data.lock(folder, 1, 2):
+        first.close()                                                        # killed
+        for rank, world in ((0, 1), (0, 2)):
+            with pytest.raises(ValueError, match="another process is at work"):
+                data.lock(folder, rank, world)
+    data.lock(folder).close()
 
 
 def limited(limit, value):
@@ -1596,6 +1607,13 @@ def test_lack_of_memory_has_many_names(error):
         raise error
     code, out, err = command(main)
     assert code == 2 and f"out of memory ({str(error)[:10] or 'MemoryError'}" in err and err.count("\n") == 1
+
+
+def test_the_end_of_another_process_is_one_line():
+    def main():
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:29849.\nMore.")
+    code, out, err = command(main)
+    assert code == 2 and "torchrun" in err and err.count("\n") == 1
 
 
 def test_other_errors_of_pytorch_are_shown_whole():

@@ -276,7 +276,7 @@ class Run:
             raise FileNotFoundError(f"there is no {self.folder / args.memory}.pt: run the same command without --predict first")
         if RANK > 0:
             wait()                                                           # until the first process has made or found the folder
-        self.lock = None if args.predict or RANK > 0 else data.lock(self.folder)
+        self.lock = None if args.predict else data.lock(self.folder, RANK, WORLD)
         data.open_run(self.folder, self.config)
         if RANK == 0:
             wait()
@@ -559,8 +559,8 @@ def check_options(args):
         raise ValueError(f"--out {args.out} is a file: it takes the folder for the run folders")
     if (args.out / "config.json").exists():
         raise ValueError(f"--out {args.out} is a run folder itself: name the one that it is in")
-    if args.predict and len(args.seeds) > 1:
-        raise ValueError(f"--predict takes one run, --seeds names {len(args.seeds)}")
+    if args.predict and (len(args.seeds) > 1 or WORLD > 1):
+        raise ValueError(f"--predict takes one run and one process; --seeds names {len(args.seeds)}, torchrun has {WORLD}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise ValueError(f"--seeds {args.seeds}: they must be different numbers, none below 0")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
