@@ -473,10 +473,10 @@ def classify_with(config, heads, args):
     train, test = data.load(config["dataset"], args.data_dir)
     if config["validate"]:
         train, test = data.hold_out(train)
-    here = {"weights": til.weights_checksum(vit), "positions": data.checksum(vit.pos_embed), "test_data": data.checksum(*test)}
+    here = {"weights": til.weights_checksum(vit), "positions": data.checksum(vit.published_positions), "test_data": data.checksum(*test)}
     for name, found in here.items():
-        if found != config[name]:
-            raise ValueError(f"{name} {found} are not those of the run, {config[name]}: name them with --weights and --data-dir")
+        if found != config.get(name):
+            raise ValueError(f"{name} {found} are not those of the run, {config.get(name)}: name them with --weights and --data-dir")
     til.equip(vit, config["rank"], args.device, alpha=config["alpha"])
     tasks = data.split(len(test.classes), config["splits"], config["seed"])
     tests, heads = [data.task(test, classes) for classes in tasks], [(head["weight"], head["bias"]) for head in heads]

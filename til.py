@@ -259,7 +259,7 @@ class Run:
         self.classifier = Classifier(self.vit, len(self.tasks[0]), plain=args.plain)
         self.seconds = {"load": 0, "task predictor": 0, "training": 0}       # what this command has spent on what
         self.adapters = {}                                                   # those that were read, by t
-        parts = [  # part of the folder's name, whether it has that part
+        parts = [                                                            # of the folder's name, and whether it has them
             (args.dataset, True), ("validate", args.validate), (f"{args.splits}s-{args.backbone}", True),
             (f"{self.vit.image_size}px", self.vit.image_size != self.vit.config.image_size), (f"r{args.rank}", True),
             (f"alpha{args.alpha}", args.alpha != lora.ALPHA), ("shared-init", args.shared_init), (f"seed{seed}", True)]
@@ -269,7 +269,7 @@ class Run:
             "dataset": args.dataset, "validate": args.validate, "splits": args.splits, "backbone": args.backbone,
             "rank": args.rank, "alpha": args.alpha, "shared_init": args.shared_init, "seed": seed, "image_size": self.vit.image_size,
             "epochs": args.epochs, "batch_size": args.batch_size, "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY,
-            "weights": weights, "positions": data.checksum(self.vit.pos_embed),
+            "weights": weights, "positions": data.checksum(self.vit.published_positions),
             "train_images": len(train.labels), "train_data": data.checksum(*train),
             "test_images": len(test.labels), "test_data": data.checksum(*test), "class_order": self.tasks}
         if args.predict and not (self.folder / f"{args.memory}.pt").exists():

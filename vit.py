@@ -132,7 +132,8 @@ def load(name, weights=None, image_size=None):
     """The substrate `name` (a key of CONFIGS) with pretrained weights: frozen, float32, in eval mode.
 
     weights: a file in the published layout; by default the one in weights/ or a download.
-    image_size: side of the square input in pixels, any multiple of the patch size; positions are resized to fit.
+    image_size: side of the square input in pixels, any multiple of the patch size; positions are resized to fit, and kept as
+    they were in vit.published_positions.
     Raises ValueError for an unknown name, a size or a file that does not fit, FileNotFoundError for a missing file.
     """
     if name not in CONFIGS:
@@ -142,6 +143,7 @@ def load(name, weights=None, image_size=None):
     try:
         state = rename(state, vit.config.rename)
         if "pos_embed" in state:
+            vit.published_positions = state["pos_embed"]
             state["pos_embed"] = resize_positions(state["pos_embed"], grid(vit.config, vit.image_size))
         vit.load_state_dict(state)
     except RuntimeError as error:                # names the missing and unexpected keys and the wrong shapes
