@@ -400,7 +400,10 @@ UPRIGHT = {2: [-1], 3: [-1, -2], 4: [-2], 6: [-1], 7: [-1, -2], 8: [-2]}       #
 
 
 def read_picture(path):
-    """A JPEG, PNG, GIF, WebP or BMP file as uint8 (3, h, w): upright, RGB, the first frame of several. Raises ValueError."""
+    """A JPEG, PNG, GIF, WebP or BMP file as uint8 (3, h, w): upright, RGB, the first frame of several.
+
+    Raises ValueError, or PermissionError for a file that may not be read.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is no file")
@@ -554,8 +557,7 @@ def crc32(content, crc=0):
 
 def open_run(folder, config):
     """Makes a run folder, or continues one that was made with the same config. Raises ValueError naming what differs."""
-    path = folder / "config.json"
-    adapters = folder / "adapters"
+    path, adapters = folder / "config.json", folder / "adapters"
     if {file.name for file in folder.iterdir()} <= {".lock", path.name, adapters.name} and not (adapters.exists() and [*adapters.iterdir()]):
         save_json(path, config)                  # nothing is kept here yet, though a command with other settings may have failed here
     if not path.exists():

@@ -34,7 +34,7 @@ class Hopfield:
         """softmax(beta K^T k): the weight of each stored item, (T,) for a key (|k|,), (n, T) for keys (n, |k|).
 
         In float64: TF32 never touches such a product, whatever torch.backends says, and float32 items stay exact.
-        Raises ValueError for an empty memory, a key of another length or one that is not finite.
+        Raises ValueError for an empty memory, and a key of another length or with other than finite floating point numbers.
         """
         if self.K is None:
             raise ValueError("the memory is empty: write to it first")

@@ -28,7 +28,7 @@ def mts_training(run):
     """Algorithm 3: the task predictor (theta_0 and its head), the memory M_T, and the task keys K_T of a til.Run."""
     task_ids, _ = data.locate(run.train, run.tasks)                          # 3: all D_t at once
     predictor = learn_predictor(run, run.train.images, task_ids)             # 4
-    memory, keys = run.til_training()                                         # 5 to 11: as Algorithm 1
+    memory, keys = run.til_training()                                        # 5 to 11: as Algorithm 1
     return predictor, memory, keys                                           # 12
 
 

@@ -1094,8 +1094,10 @@ def test_a_loss_that_is_not_finite_is_named(tiny):
 @pytest.mark.parametrize("words, said", [
     (("--splits", 7), "do not divide"), (("--splits", 100), "two and more"), (("--splits", 0), "at least 1"), (("--splits", "x"), "invalid int"),
     (("--dataset", "mnist"), "mnist"), (("--memory", "brain"), "brain"), (("--backbone", "resnet"), "resnet"),
-    (("--weights", "no/such.pt"), "no/such.pt"), (("--image-size", 17), "positive multiple of the patch"), (("--image-size", -8), "image size -8"), (("--image-size", 8 * 10 ** 20), "below 100,000"), (("--alpha", 10 ** 400), "at most a million"),
-    (("--rank", 0), "--rank"), (("--alpha", 0), "--alpha"), (("--seeds", -1), "--seeds"), (("--seeds", 1, 1), "--seeds"), (("--epochs", 0), "--epochs"), (("--batch-size", -1), "--batch-size"), (("--nonsense",), "nonsense"),
+    (("--weights", "no/such.pt"), "no/such.pt"), (("--image-size", 17), "positive multiple of the patch"), (("--image-size", -8), "image size -8"),
+    (("--image-size", 8 * 10 ** 20), "below 100,000"), (("--alpha", 10 ** 400), "at most a million"), (("--rank", 0), "--rank"),
+    (("--alpha", 0), "--alpha"), (("--seeds", -1), "--seeds"), (("--seeds", 1, 1), "--seeds"), (("--epochs", 0), "--epochs"),
+    (("--batch-size", -1), "--batch-size"), (("--nonsense",), "nonsense"),
     (("--device", "tpu"), "--device"), (("--predict", "none.png"), "none.png"), (("--task", 1), "--predict"),
     (("--predict", HERE / "README.md"), "--task"), (("--predict", HERE / "README.md", "--task", 1), "without --predict first")])
 def test_mistakes_on_the_command_line(cifar, tmp_path, words, said):
@@ -1113,7 +1115,8 @@ def test_cuda_without_a_gpu():
 def test_without_network_and_data_one_line_says_what_to_do(tmp_path):
     """The real command in a process of its own; a proxy that refuses stands for a machine without network. RANK and WORLD_SIZE
     count only if torchrun has set them."""
-    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "x", "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "all_proxy": ""}
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "x"}
+    environment |= {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "all_proxy": ""}
     command = [sys.executable, HERE / "til.py", "--dataset", "cifar100", "--splits", "20", "--memory", "hopfield"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     line = done.stderr.splitlines()[-1]
@@ -1356,7 +1359,8 @@ def test_probe_tells_exact_recall_from_the_mean(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, said", [
-    (("bench", "--sizes", 9), "--sizes 9"), (("bench", "--counts", 3, 0), "--counts 3 0"), (("bench", "--hidden", -1), "--hidden -1"), (("bench", "--sizes", 10 ** 20), "at most a billion"),
+    (("bench", "--sizes", 9), "--sizes 9"), (("bench", "--counts", 3, 0), "--counts 3 0"), (("bench", "--hidden", -1), "--hidden -1"),
+    (("bench", "--sizes", 10 ** 20), "at most a billion"),
     (("bench", "--device", "tpu"), "--device"), (("probe", "no/such"), "no/such/config.json"), (("probe",), "run"), ((), "runs"),
     (("probe", "{empty}"), "does not hold config and all adapters")])
 def test_mistakes_in_evaluate(tmp_path, words, said):

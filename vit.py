@@ -134,7 +134,8 @@ def load(name, weights=None, image_size=None):
     weights: a file in the published layout; by default the one in weights/ or a download.
     image_size: side of the square input in pixels, any multiple of the patch size; positions are resized to fit, and kept as
     they were in vit.published_positions.
-    Raises ValueError for an unknown name, a size or a file that does not fit, FileNotFoundError for a missing file.
+    Raises ValueError for an unknown name, a size or a file that does not fit, FileNotFoundError for a missing file, OSError and
+    MemoryError for one that cannot be read.
     """
     if name not in CONFIGS:
         raise ValueError(f"unknown backbone '{name}': choose one of {', '.join(CONFIGS)}")
