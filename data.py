@@ -11,12 +11,12 @@ import hashlib
 import inspect
 import json
 import os
-import pickle
 import sys
 import textwrap
 import traceback
 import zipfile
 from pathlib import Path
+from pickle import PickleError
 from typing import NamedTuple
 
 import numpy as np
@@ -204,10 +204,10 @@ def read(path):
             return dict(json.loads(path.read_text()))
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()      # torch.load ignores CRCs
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, TypeError, EOFError, KeyError, pickle.PickleError, zipfile.BadZipFile):
+    except (OSError, RuntimeError, ValueError, TypeError, EOFError, KeyError, PickleError, zipfile.error):
         damaged = True
     if damaged or not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged, or not a file of this kind: remove it")
+        raise ValueError(f"{path} is damaged, missing, or not a file of this kind")
     return content
 
 

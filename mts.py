@@ -114,6 +114,7 @@ def results(run):
     faa = {name: evaluate.faa(evaluate.per_task(hits[name], task_ids)) for name in ("gt", "local", "strict")}
     return evaluate.write_result(
         run, "mts", hits, task_ids, errors, start, variant(run.args), predictor=run.args.predictor,
+        images_per_second=data.read(run.folder / f"predictor{variant(run.args)}.pt")["images_per_second"],
         task_accuracy=100 * hits["task"].double().mean().item(), faa_local=faa["local"],
         faa_strict=faa["strict"], drop=faa["gt"] - faa["local"])
 
