@@ -204,7 +204,7 @@ def read(path):
             return dict(json.loads(path.read_text()))
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()      # torch.load ignores CRCs
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, TypeError, EOFError, KeyError, PickleError, zipfile.error):
+    except (OSError, RuntimeError, ValueError, TypeError, EOFError, LookupError, PickleError, zipfile.error):
         damaged = True
     if damaged or not isinstance(content, dict):
         raise ValueError(f"{path} is damaged, missing, or not a file of this kind")
