@@ -16,8 +16,8 @@ and the energy is (d_0 = P, and d_l = H above)
 
 write   x^0 is theta. Descend E over the hidden layers, then update every W_l by Bayes' rule.
 read    Only the key, the first |k| columns of x^0, is known. Descend E, then predict the others by z R_0.
-        joint      (Yoo & Wood's way) minimises over the unknown columns, too. They fit perfectly: only |k|
-                   columns have a residual, but d_0 is still P. So v_0, and theta, come out too small.
+        joint      (Yoo & Wood's way) minimises over the unknown columns, too: their residual is 0, but they
+                   count in d_0 = P. So v_0, and theta, come out too small.
         marginal   (ours, the default) integrates the unknown columns out: d_0 = |k|.
 """
 import math
@@ -65,7 +65,7 @@ class BayesPCN:
         """E (n,) at the hidden activations x (L-1, n, H). x[l] is x^(l+1), which predicts layer l."""
         x0_x0, c, GR, U, d = observed                                   # GR = [G, R_1, .., R_(L-2)]
         z = gelu(x)                                                     # (L-1, n, H)
-        v = self.s2 + (z @ U * z).sum(-1)                               # v_l = s2 + z U_l z^T  (L-1, n)
+        v = self.s2 + ((z @ U) * z).sum(-1)                             # v_l = s2 + z U_l z^T  (L-1, n)
         zGR = z @ GR                                                    # z G, z R_1, ..  (L-1, n, H)
         bottom = x0_x0 + ((zGR[0] - 2 * c) * z[0]).sum(-1)              # |x^0 - z R_0|^2  (n,)
         above = (x[:-1] - zGR[1:]).square().sum(-1)                     # |x^l - z R_l|^2  (L-2, n)
@@ -75,8 +75,8 @@ class BayesPCN:
 
     @torch.enable_grad()                                                # a read is part of an inference
     def descend(self, stream, observed):
-        """Hidden activations (L-1, n, H) after Adam on E, from noise that is the same for every row. A row
-        stops for good when its E changes by less than 1e-3, so that it does not depend on the other rows."""
+        """Hidden activations (L-1, n, H) after Adam on E, from the same noise for every row. A row
+        stops for good once its E changes by less than 1e-3, so that it does not depend on the other rows."""
         n, threads = len(observed[0]), torch.get_num_threads()
         x = self.noise(stream, self.layers - 1, self.hidden)[:, None].repeat(1, n, 1)
         mean, square, moving, trace = 0 * x, 0 * x, torch.ones(n, 1).double(), []
@@ -156,5 +156,5 @@ class BayesPCN:
 
     @property
     def nbytes(self):
-        """Size of R, U and r in bytes."""
+        """Size of R, U and r in bytes; G can be computed from R."""
         return sum(x.nbytes for x in (*self.R, *self.U, self.r))

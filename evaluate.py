@@ -34,10 +34,10 @@ def make_memory(text, dim):
     if name not in MEMORIES:
         raise ValueError(f"there is no memory '{name}': choose one of {', '.join(MEMORIES)}")
     pairs = dict(option.partition("=")[::2] for option in options.split(",") if option)
-    values = {option: ast.literal_eval(x) if x[:1] in "-.0123456789" else x for option, x in pairs.items()}
     try:
+        values = {option: x if x.isalpha() else ast.literal_eval(x) for option, x in pairs.items()}
         return MEMORIES[name](dim, **values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, SyntaxError) as error:
         raise ValueError(f"--memory {text}: {error}") from error
 
 
@@ -69,7 +69,7 @@ def write_result(run, setting, hits, task_ids, errors, start, variant="", **more
         "setting": setting, "memory": run.args.memory, **run.config, "faa_gt": means["gt"],
         "faa": means["recalled"], "drop": means["gt"] - means["recalled"],
         "controls": {name: means[name] for name in CONTROLS},
-        "recall_error": {"mean": faa(errors), "max": max(errors)},
+        "recall_error": {"mean": statistics.mean(errors), "max": max(errors)},
         "per_task": tasks | {"recall_error": errors},
         "wall_seconds": time.perf_counter() - start, **more,
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"}
@@ -121,13 +121,14 @@ for line in """
 
 
 def label(result):
-    """What the command said behind --memory, without the options that are the usual ones."""
+    """The name of a row: the memory, then the options that differ from the usual ones."""
     glyphs = result["dataset"] == "glyphs"
     usual = {"backbone": "vit_micro" if glyphs else "vit_ti_16", "rank": 8, "alpha": 8, "epochs": 3,
              "image_size": 32 if glyphs else substrate.CONFIGS[result["backbone"]].image_size,
              "batch_size": 6 if glyphs else 64, "predictor": "tasks"}
     words = [f"--{name.replace('_', '-')} {result[name]}" for name, value in usual.items()
              if result.get(name, value) != value]
+    words += ["--plain"] * (result.get("plain", False) and "CPU" not in result["device"])
     return " ".join([result["memory"], *words, *["--validate"] * result["validate"]])
 
 
@@ -205,7 +206,7 @@ def probe(args):
             errors.append(recall_error(lora.get(vit).cpu(), adapter["theta"]))
             logits = F.linear(substrate.features(vit, images).cpu(), **adapter["head"])
             accuracies.append(100 * (logits.argmax(1) == labels).double().mean().item())
-        rows.append({"memory": name, "stored": len(keys), "noise": noise, "error": faa(errors),
+        rows.append({"memory": name, "stored": len(keys), "noise": noise, "error": statistics.mean(errors),
                      "faa": faa(accuracies)})
         print("{memory:20} stored {stored:3}  noise {noise:4}  error {error:.4f}  FAA {faa:.2f}".format(
             **rows[-1]), flush=True)
@@ -215,7 +216,7 @@ def probe(args):
         for key, value in pairs:
             memory.write(key, value)
             keys.append(key)
-            if len(keys) % math.ceil(len(pairs) / 4) == 0:
+            if len(keys) % math.ceil(len(pairs) / 4) == 0 or len(keys) == len(pairs):
                 measure(name, memory, 0, keys)
         for noise in (0.1, 0.3, 1, 3, 10, 30):                  # in multiples of the key's rms
             draws = torch.randn(len(keys), len(keys[0]), generator=data.generator(0))

@@ -61,7 +61,7 @@ class Classifier(nn.Module):
         return self.head(self.vit(substrate.prepare(images, self.vit, *view)).float())
 
     def logits(self, *inputs):
-        """The same, unless plain by a CUDA graph: to launch all kernels at once is faster than one by one."""
+        """The same; unless plain, by a CUDA graph, which launches all kernels at once and so is faster."""
         if self.plain:
             return self(*inputs)
         size = len(inputs[0])                                   # of the batch; one graph for each
@@ -134,9 +134,7 @@ class Run:
         self.config |= {f"code of {file.__name__}.py": data.digest(file) for file in (substrate, lora, data)}
         found = len([*self.folder.glob("adapters/*.pt")])
         print(f"{found} of {args.splits} tasks found in {self.folder}" + ", not trained again" * (found > 0))
-        if found:
-            self.find("config.json")                            # refuses other options and other code
-        else:
+        if not found or self.find("config.json") is None:       # `find` refuses other options and other code
             data.save(self.folder / "config.json", self.config)
 
     def find(self, name, **more):
@@ -200,12 +198,12 @@ class Run:
 # ---- evaluation ----------------------------------------------------------------------------------
 
 def assess(run, memory, keys, given):
-    """Gives each test image to a task, given (n,), counted from 0. Returns the predicted labels (n,) with
+    """Classifies each test image as one of task given (n,), from 0. Returns the predicted labels (n,) with
     theta as trained (gt), as recalled, and with each control; and the recall errors, one a task."""
     thetas, heads, _ = zip(*(run.trained(t) for t in range(1, len(run.tasks) + 1)))
     mean, names = torch.stack(thetas).mean(0), ("gt", "recalled", *evaluate.CONTROLS)
     answers, errors = {name: torch.empty_like(given) for name in names}, []
-    for t in data.progress(range(len(run.tasks)), "evaluating"):
+    for t in data.progress(given.unique().tolist(), "evaluating"):
         images, others = run.test.images[given == t], {"gt": thetas[t], "mean": mean, "wrong": thetas[t - 1]}
         logits = {"recalled": til_inference(run.vit, heads[t], images, keys[t], memory)}
         errors.append(evaluate.recall_error(lora.get(run.vit).cpu(), thetas[t]))
@@ -213,14 +211,14 @@ def assess(run, memory, keys, given):
             lora.set(run.vit, theta)
             tokens = substrate.features(run.vit, images)
             logits[name] = heads[t](tokens)
-        logits["linear"] = linear_head(run, t)(tokens)          # the last tokens are the bare substrate's
+        logits["linear"] = linear_head(run, t)(tokens)          # `none` came last: theta is 0
         for name, values in logits.items():
             answers[name][given == t] = values.argmax(1).cpu()
     return answers, errors
 
 
 def linear_head(run, t):
-    """The control `linear`: a head for task t (from 0), trained as in Algorithm 1, but with theta = 0."""
+    """The control `linear`: a head for task t (from 0), trained without flips on a ViT with theta = 0."""
     images, labels = data.task(run.train, run.tasks[t])
     x, y = substrate.features(run.vit, images), labels.to(run.args.device)
     head, generator = copy.deepcopy(run.classifier.head), data.generator(run.seed, t + 1)
