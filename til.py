@@ -234,7 +234,8 @@ def results(run):
     task_ids, labels = data.task_labels(run.test, run.tasks)
     answers, errors = assess(run, memory, keys, task_ids)
     hits = {name: answer == labels for name, answer in answers.items()}
-    rate = run.args.epochs * len(run.train.labels) / sum(run.trained(t + 1)[2] for t in range(run.args.splits))
+    seconds = sum(run.trained(t)[2] for t in range(1, run.args.splits + 1))
+    rate = run.args.epochs * len(run.train.labels) / seconds
     return evaluate.write_result(run, "til", hits, task_ids, errors, start, images_per_second=rate)
 
 
