@@ -438,7 +438,7 @@ def test_a_file_is_whole_or_not_there_and_damage_is_named(tmp_path, monkeypatch)
     content, path = {"a": randn(1000), "b": [1, {"c": torch.tensor(True)}]}, tmp_path / "new/a.pt"
     data.save(path, content)
     whole = path.read_bytes()
-    assert str(data.read(path)) == str(content)
+    assert str(data.read(path)) == str(content) and [*path.parent.iterdir()] == [path]
     for broken in (whole[:-9], whole[:2000] + b"x" + whole[2001:], b"", b"u", b"text", pickle.dumps([1], 2)):
         (tmp_path / "b.pt").write_bytes(broken)
         with pytest.raises(ValueError, match="b.pt is damaged"):
