@@ -37,7 +37,7 @@ class BayesPCN:
             raise ValueError(f"there is no read={read}: choose marginal or joint")
         self.dim, self.hidden, self.layers, self.seed = dim, hidden, layers, seed
         self.s2, self.u_prior = sigma_obs ** 2, sigma_prior ** 2
-        self.lr, self.steps, self.read_mode, self.trace = lr, steps, read, None
+        self.lr, self.steps, self.read_mode, self.trace = float(lr), int(steps), read, None
         self.R = [self.noise(l, hidden, hidden if l else dim) for l in range(layers - 1)]   # (H, d_l)
         self.U = [self.u_prior * torch.eye(hidden).double() for _ in self.R]                # (H, H)
         self.r, self.u = self.noise(layers - 1, 1, hidden)[0], self.u_prior                 # (H,), a number

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ImageOps                                        # Pillow comes with torchvision
+from PIL import Image, ImageOps                                 # Pillow comes with torchvision
 from torchvision.datasets import CIFAR100, ImageFolder
 from torchvision.datasets.folder import pil_loader
 from torchvision.datasets.utils import download_and_extract_archive
@@ -77,7 +77,7 @@ def decode_tinyimagenet(folder, n_train=500, n_val=50):
         labels = torch.tensor([wnids.index(wnid) for _, wnid in pairs])
         if labels.bincount(minlength=len(wnids)).tolist() != [each] * len(wnids):
             raise ValueError(f"{folder / half} does not hold {each} images of each class: unpack it again")
-        images = [picture(path) for path, _ in progress(pairs, f"decoding {half} images")]
+        images = [picture(path, 64) for path, _ in progress(pairs, f"decoding {half} images")]
         content |= {half: torch.stack(images), f"{half}_labels": labels}
     return content
 
@@ -94,16 +94,14 @@ def folder(data_dir):
     return halves
 
 
-def picture(path, size=None):
-    """A picture file as uint8 (3, h, w), upright, RGB; with a size, its central square at this size."""
+def picture(path, size):
+    """The central square of a picture file, upright, as uint8 (3, size, size), RGB."""
     try:
         image = v2.functional.pil_to_tensor(ImageOps.exif_transpose(pil_loader(path)))
-    except (OSError, SyntaxError) as error:                     # SyntaxError: a broken PNG
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:   # Syntax..: a broken PNG
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
-    if size:
-        square = v2.functional.center_crop(image, min(image.shape[1:]))
-        return v2.functional.resize(square, [size, size], v2.InterpolationMode.BICUBIC)
-    return image
+    square = v2.functional.center_crop(image, min(image.shape[1:]))
+    return v2.functional.resize(square, [size, size], v2.InterpolationMode.BICUBIC)
 
 
 def glyphs(data_dir, n_train=24, n_test=8):
@@ -201,7 +199,7 @@ def read(path):
     """The dictionary in a file, on the CPU, without executing pickles. ValueError if it is damaged."""
     try:
         if path.suffix == ".json":
-            return dict(json.loads(path.read_text()))
+            return dict(json.loads(path.read_text("utf-8")))
         damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()      # torch.load ignores CRCs
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, TypeError, EOFError, LookupError, PickleError, zipfile.error):
@@ -212,9 +210,11 @@ def read(path):
 
 
 def digest(*objects):
-    """Changes with the code and docstrings of modules, classes and functions, not with comments or layout."""
-    trees = [ast.dump(ast.parse(textwrap.dedent(inspect.getsource(x)))) for x in objects]
-    return hashlib.sha256("".join(trees).encode()).hexdigest()[:8]
+    """Changes with the values of CPU tensors, and with the code and docstrings of modules, classes and
+    functions, not with their comments or layout."""
+    parts = [x.detach().numpy() if torch.is_tensor(x) else
+             ast.dump(ast.parse(textwrap.dedent(inspect.getsource(x)))).encode() for x in objects]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
 
 
 def parser(description):

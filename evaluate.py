@@ -6,9 +6,7 @@
 """
 import ast
 import math
-import re
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +24,7 @@ MEMORIES = {
     "hopfield": lambda dim, **options: Hopfield(**options),
     "bayespcn": BayesPCN,
 }
+NOISE = (0, 0.1, 0.3, 1, 3, 10, 30)             # of keys, in multiples of their root mean square
 
 
 def make_memory(text, dim):
@@ -73,7 +72,11 @@ def write_result(run, setting, hits, task_ids, errors, start, variant="", **more
         "per_task": tasks | {"recall_error": errors},
         "wall_seconds": time.perf_counter() - start, **more,
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"}
-    data.save(run.folder / f"{setting}-{run.memory_name}{variant}.json", content)
+    path = run.folder / f"{setting}-{run.memory_name}{variant}.json"
+    data.save(path, content)
+    lines = {name: tasks[name] for name in ("gt", "recalled", "linear", "none")}
+    plot(path.with_suffix(".svg"), "Test images of each task", "task", "accuracy in %", lines,
+         range(1, len(run.tasks) + 1))
     return content
 
 
@@ -84,40 +87,15 @@ COLUMNS = {
     "til": {"faa_gt": "FAA_GT", "faa": "FAA(M)", "drop": "D(M)", "recall_error": "error"},
     "mts": {"task_accuracy": "Task Acc", "faa_gt": "FAA_GT", "faa_local": "local", "drop": "D(M)",
             "faa_strict": "strict"}}
+PAPER = data.read(Path(__file__).parent / "results/paper.json")      # the first columns of Tables 1 and A1
 LEGEND = """
-FAA, the final average accuracy over the tasks, in percent: FAA_GT with the modulations as trained, FAA(M)
-with those that the memory M recalls. D(M) = FAA_GT - FAA(M), in points. error: |theta_hat - theta| / |theta|
-without the key. The last columns are controls: the FAA of a head trained alone on the bare substrate
-(linear), and of the task's head with the mean of all modulations, with the wrong one (of the task before),
-and with none. For mts, Task Acc: images whose task is predicted right. local: FAA where the label within the
-task is right, as the paper counts; strict: where the task is right, too. D(M) = FAA_GT - local, and the
-controls are local.
+In percent: FAA_GT, the final average accuracy over the tasks, with the modulations as trained; FAA(M), with
+those that the memory M recalls; D(M) = FAA_GT - FAA(M). error: |theta_hat - theta| / |theta| without the key.
+Controls: a head trained alone on the bare substrate (linear); the task's head with the mean of all
+modulations, with the wrong one (of the task before) and with none. For mts, Task Acc: images whose task is
+predicted right; local: FAA where the label within the task is right, as the paper counts; strict: where the
+task is right, too. There, D(M) = FAA_GT - local, and the controls are local.
 """
-PAPER = {}                                      # Tables 1 and A1: the first columns of COLUMNS
-for line in """
-    til cifar100      20  hopfield            97.29 ± 0.30 | 97.12 ± 0.44 | 0.0026 ± 0.01
-    til cifar100      20  bayespcn            97.29 ± 0.30 | 96.50 ± 0.64 | 0.32 ± 0.12
-    til cifar100      20  hopfield --rank 4   | 96.60 ± 0.37 | 0.0 ± 0.05
-    til cifar100      20  hopfield --rank 32  | 96.99 ± 0.01 | 0 ± 0.01
-    til cifar100      50  hopfield            97.79 ± 0.20 | 97.76 ± 0.47 | 0.04 ± 0.07
-    til cifar100      50  bayespcn            97.79 ± 0.20 | 97.24 ± 0.73 | 0.62 ± 0.32
-    til cifar100      50  hopfield --rank 4   | 97.70 ± 0.51 | -0.03 ± 0.0
-    til cifar100      50  hopfield --rank 32  | 97.62 ± 0.44 | 0.20 ± 0.02
-    til tinyimagenet  50  hopfield            91.56 ± 0.48 | 91.82 ± 0.28 | -0.21 ± 0.10
-    til tinyimagenet  50  bayespcn            91.56 ± 0.48 | 90.46 ± 0.35 | 1.16 ± 0.57
-    til tinyimagenet  50  hopfield --rank 4   | 91.39 ± 0.42 | -0.1 ± 0.24
-    til tinyimagenet  50  hopfield --rank 32  | 91.64 ± 0.44 | -0.04 ± 0.34
-    til tinyimagenet 100  hopfield            95.09 ± 0.40 | 94.77 ± 0.48 | -0.30 ± 0.19
-    til tinyimagenet 100  bayespcn            95.09 ± 0.40 | 93.28 ± 0.35 | 1.71 ± 0.20
-    til tinyimagenet 100  hopfield --rank 4   | 94.94 ± 0.59 | 0.09 ± 0.31
-    til tinyimagenet 100  hopfield --rank 32  | 95.09 ± 0.47 | 0.13 ± 0.47
-    mts cifar100      20  hopfield            91.47 ± 0.21 | 97.29 ± 0.30 | 91.34 ± 0.52 | 5.95 ± 0.022
-    mts cifar100      50  hopfield            91.42 ± 0.28 | 97.79 ± 0.20 | 94.28 ± 0.15 | 3.50 ± 3.50
-    mts tinyimagenet  50  hopfield            84.42 ± 0.49 | 91.56 ± 0.48 | 83.14 ± 0.16 | 8.35 ± 0.53
-    mts tinyimagenet 100  hopfield            83.27 ± 0.18 | 95.09 ± 0.40 | 88.69 ± 0.57 | 6.47 ± 0.73
-""".strip().splitlines():
-    setting, dataset, splits, name, figures = re.match(r" *(\w+) +(\w+) +(\d+)  (.{18})  (.*)", line).groups()
-    PAPER.setdefault((setting, dataset, int(splits)), {})[name.strip()] = figures
 
 
 def label(result):
@@ -143,32 +121,53 @@ def cell(runs, column):
 def report(results, paper=False):
     """Markdown: a table for each experiment, a row for each command over its seeds, the paper's below it;
     with `paper`, also the paper's rows for which there is no result."""
-    tables = {experiment: {} for experiment in PAPER} if paper else {}
-    for result in sorted(results, key=lambda result: (label(result), result["seed"])):
-        experiment = tuple(result[name] for name in ("setting", "dataset", "splits"))
-        tables.setdefault(experiment, {}).setdefault(label(result), []).append(result)
+    tables, order = {command: {} for command in PAPER} if paper else {}, ("dataset", "splits", "seed")
+    for result in sorted(results, key=lambda result: (result["setting"] != "til", *map(result.get, order))):
+        command = "{setting}.py --dataset {dataset} --splits {splits}".format(**result)
+        tables.setdefault(command, {}).setdefault(label(result), []).append(result)
     lines = []
-    for experiment in sorted(tables, key=lambda experiment: (experiment[0] != "til", experiment)):
-        (setting, dataset, splits), rows = experiment, tables[experiment]
-        theirs, columns = dict(PAPER.get(experiment, {})), [*COLUMNS[setting], *CONTROLS]
-        lines += [f"\n`python {setting}.py --dataset {dataset} --splits {splits} --memory M`\n",
-                  "| M | seeds | " + " | ".join([*COLUMNS[setting].values(), *CONTROLS]) + " |",
+    for command, rows in tables.items():
+        columns, theirs = COLUMNS[command[:3]] | dict(zip(CONTROLS, CONTROLS)), dict(PAPER.get(command, {}))
+        lines += [f"\n`python {command} --memory M`\n", f"| M | seeds | {' | '.join(columns.values())} |",
                   "|---" * (2 + len(columns)) + "|"]
-        for name, runs in rows.items():
+        for name, runs in sorted(rows.items()):
             seeds = " ".join(str(run["seed"]) for run in runs)
-            lines.append(f"| `{name}` | {seeds} | " + " | ".join(cell(runs, x) for x in columns) + " |")
+            lines.append(f"| `{name}` | {seeds} | {' | '.join(cell(runs, x) for x in columns)} |")
             if name in theirs:
                 lines.append(f"| paper | 3 seeds | {theirs.pop(name)} |")
         lines += [f"| paper, `{name}` | 3 seeds | {figures} |" for name, figures in theirs.items() if paper]
     return "\n".join(lines) + "\n" + LEGEND
 
 
+def plot(path, title, x_label, y_label, lines, ticks):
+    """Draws lines {name: [y, ..]} as SVG. ticks: the names of x = 0, 1, .."""
+    values = [y for line in lines.values() for y in line]
+    step = 10 ** math.floor(math.log10(max(values) - min(values) or 1))
+    low, high = math.floor(min(values) / step), math.floor(max(values) / step) + 1      # in steps
+
+    def place(x, y):                                            # in pixels
+        return 70 + 440 * x / max(len(ticks) - 1, 1), 270 - 210 * (y / step - low) / (high - low)
+    words = [(70, 22, title), (70, 44, y_label), (220, 318, x_label)]
+    words += [(place(i, 0)[0] - 6, 290, ticks[i]) for i in range(0, len(ticks), len(ticks) // 10 or 1)]
+    words += [(25, place(0, step * y)[1] + 4, f"{step * y:.6g}") for y in range(low, high + 1)]
+    shapes = [f'<text x="{x:.0f}" y="{y:.0f}">{text}</text>' for x, y, text in words]
+    shapes += [f'<path d="M70 {place(0, step * y)[1]:.0f}H510" stroke="#ccc"/>' for y in range(low, high + 1)]
+    for i, (name, line) in enumerate(lines.items()):
+        colour = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000")[i % 6]
+        points = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in enumerate(line))
+        shapes += [f'<polyline points="{points}" fill="none" stroke="{colour}"/>',
+                   f'<text x="520" y="{60 + 20 * i}" fill="{colour}">{name}</text>']
+    path.write_text('<svg xmlns="http://www.w3.org/2000/svg" width="740" height="330" font-size="13" '
+                    'font-family="sans-serif">\n<rect width="100%" height="100%" fill="white"/>\n'
+                    + "\n".join(shapes) + "\n</svg>\n", "utf-8")
+
+
 # ---- the memories alone --------------------------------------------------------------------------
 
 def bench(args):
-    """Time, size and recall error of memories with T made-up modulations; writes args.out."""
+    """Time, size, recall error, last descents of memories with T made-up modulations: OUT.json, OUT.svg."""
     torch.set_num_threads(1)
-    rows = []
+    rows, energies = [], {}
     for name, T in ((name, T) for name in args.memory for T in args.tasks):
         # As in a ViT-S: A is drawn as in lora.py, and B is as wide as after training on TinyImageNet.
         A, B = torch.rand(2, T, args.dim, generator=data.generator(T)) * 2 - 1
@@ -177,32 +176,42 @@ def bench(args):
         start = time.perf_counter()
         for key, value in data.progress(pairs, f"{name}: writing"):
             memory.write(key, value)
-        written = time.perf_counter()
+        written, energies[f"{name}: write"] = time.perf_counter(), getattr(memory, "trace", None)
         recalled = [memory.read(key) for key, _ in pairs]
-        read = time.perf_counter()
+        read, energies[f"{name}: read"] = time.perf_counter(), getattr(memory, "trace", None)
         rows.append({"memory": name, "T": T, "write_ms": 1e3 * (written - start) / T,
                      "read_ms": 1e3 * (read - written) / T, "MB": memory.nbytes / 1e6,
                      "error": statistics.mean(map(recall_error, recalled, thetas))})
         print("{memory:20} T {T:3}  write {write_ms:6.1f} ms  read {read_ms:6.1f} ms  {MB:6.1f} MB  "
               "error {error:.4f}".format(**rows[-1]), flush=True)
     data.save(args.out, {"dim": args.dim, "rows": rows})
+    lines = {name: (E[:, 0] - E.min() + 0.01).log10().tolist() for name, E in energies.items()
+             if E is not None}
+    if lines:
+        plot(args.out.with_suffix(".svg"), "The last descents of BayesPCN", "step", "log10(E - min E + 0.01)",
+             lines, range(max(map(len, lines.values()))))
 
 
 def probe(args):
-    """Recall error and FAA of a run, as memories fill up and from noisy keys; writes RUN/probe.json."""
-    config = data.read(args.run / "config.json")
-    vit = substrate.load(config["backbone"], args.weights, config["image_size"]).to(args.device)
+    """Recall error and FAA of a run, as memories fill up, then with noisy keys: RUN/probe.json, RUN/*.svg."""
+    run, rows = args.runs[-1], []
+    config = data.read(run / "config.json")
+    vit = substrate.load(config["backbone"], args.weights, config["image_size"])
+    if vit.digest != config["weights"]:
+        raise ValueError(f"{run} was made with other weights: give them with --weights")
+    vit.to(args.device, torch.float32 if config["plain"] else torch.bfloat16)
     lora.add(vit, config["rank"], config["alpha"])
     train, test = data.load(config["dataset"], args.data_dir)
     test = data.hold_out(train)[1] if config["validate"] else test
     tests = [data.task(test, classes) for classes in config["class_order"]]
-    adapters = [data.read(args.run / f"adapters/{t}.pt") for t in range(1, config["splits"] + 1)]
-    pairs, rows = [lora.split_key(adapter["theta"]) for adapter in adapters], []
+    adapters = [data.read(run / f"adapters/{t}.pt") for t in range(1, config["splits"] + 1)]
+    pairs, quarter = [lora.split_key(adapter["theta"]) for adapter in adapters], math.ceil(len(tests) / 4)
 
-    def measure(name, memory, noise, keys):
+    def measure(noise, keys):
         errors, accuracies = [], []
-        for key, adapter, (images, labels) in zip(keys, adapters, tests):
-            lora.set(vit, memory.read(key))
+        draws = torch.randn(len(keys), len(keys[0]), generator=data.generator(0))
+        for key, draw, adapter, (images, labels) in zip(keys, draws, adapters, tests):
+            lora.set(vit, memory.read(key + noise * key.square().mean().sqrt() * draw))
             errors.append(recall_error(lora.get(vit).cpu(), adapter["theta"]))
             logits = F.linear(substrate.features(vit, images).cpu(), **adapter["head"])
             accuracies.append(100 * (logits.argmax(1) == labels).double().mean().item())
@@ -212,42 +221,38 @@ def probe(args):
             **rows[-1]), flush=True)
 
     for name in args.memory:
-        memory, keys = make_memory(name, len(adapters[0]["theta"])), []
-        for key, value in pairs:
-            memory.write(key, value)
-            keys.append(key)
-            if len(keys) % math.ceil(len(pairs) / 4) == 0 or len(keys) == len(pairs):
-                measure(name, memory, 0, keys)
-        for noise in (0.1, 0.3, 1, 3, 10, 30):                  # in multiples of the key's rms
-            draws = torch.randn(len(keys), len(keys[0]), generator=data.generator(0))
-            noisy = [key + noise * key.square().mean().sqrt() * draw for key, draw in zip(keys, draws)]
-            measure(name, memory, noise, noisy)
-    data.save(args.run / "probe.json", {"rows": rows})
+        memory = make_memory(name, len(adapters[0]["theta"]))
+        for n, pair in enumerate(pairs, 1):
+            memory.write(*pair)
+            for noise in NOISE if n == len(pairs) else NOISE[:n % quarter == 0]:
+                measure(noise, [key for key, _ in pairs[:n]])
+    data.save(run / "probe.json", {"rows": rows})
+    for figure, y_label in (("error", "recall error"), ("faa", "FAA in %")):
+        full = {name: [row[figure] for row in rows if (row["memory"], row["stored"]) == (name, len(pairs))]
+                for name in args.memory}
+        plot(run / f"probe-{figure}.svg", "Recall from noisy keys", "noise", y_label, full, NOISE)
 
 
 def main():
-    """The command that the first word names: probe, bench, or else the tables."""
-    parser, command = data.parser(__doc__), "".join(sys.argv[1:2])
+    """`probe RUN`, `bench`, or else the tables of runs."""
+    parser = data.parser(__doc__)
     add = parser.add_argument
-    if command not in ("probe", "bench"):
-        add("runs", type=Path, nargs="+", help="run folders with results; or `probe`, or `bench`")
-        add("--paper", action="store_true", help="also the paper's figures for which there is no result")
-        args = parser.parse_args()
-        patterns = [(run, setting) for run in args.runs for setting in ("til-*.json", "mts-*.json")]
-        files = [path for run, pattern in patterns for path in sorted(run.glob(pattern))]
-        return print(report([data.read(path) for path in files], args.paper))
-    add("command", choices=[command])
-    add("--memory", nargs="+", default=[*MEMORIES], help="as for til.py (default: all)")
-    if command == "probe":
-        add("run", type=Path, help="folder of a finished run")
-        add("--data-dir", type=Path, default="data", help="folder of the data sets (default: %(default)s)")
-        add("--weights", type=Path, help="weights file of the backbone (default: shipped or downloaded)")
-        add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU, if any")
-        return probe(parser.parse_args())
-    add("--tasks", type=int, nargs="+", default=[20, 100], help="T (default: 20 100)")
-    add("--dim", type=int, default=147_456, help="P (default: %(default)s)")
-    add("--out", type=Path, default="runs/bench.json", help="default: %(default)s")
-    return bench(parser.parse_args())
+    add("runs", type=Path, nargs="+", help="run folders with results; or: probe RUN; or: bench")
+    add("--paper", action="store_true", help="tables: also the paper's figures that we have no result for")
+    add("--memory", nargs="+", default=[*MEMORIES], help="probe, bench: as for til.py (default: all)")
+    add("--data-dir", type=Path, default="data", help="probe: folder of the data sets (default: %(default)s)")
+    add("--weights", type=Path, help="probe: weights file of the backbone (default: shipped or downloaded)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for probe; default: a GPU")
+    add("--tasks", type=int, nargs="+", default=[20, 100], help="bench: T (default: 20 100)")
+    add("--dim", type=int, default=147_456, help="bench: P (default: %(default)s)")
+    add("--out", type=Path, default="runs/bench.json", help="bench (default: %(default)s)")
+    args = parser.parse_args()
+    if str(args.runs[0]) in ("probe", "bench"):
+        return probe(args) if str(args.runs[0]) == "probe" else bench(args)
+    files = [path for run in args.runs for path in sorted([*run.glob("til-*.json"), *run.glob("mts-*.json")])]
+    if not files:
+        raise ValueError(f"there are no results in {', '.join(map(str, args.runs))}")
+    print(report([data.read(path) for path in files], args.paper))
 
 
 if __name__ == "__main__":

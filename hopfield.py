@@ -12,7 +12,7 @@ class Hopfield:
     """The memory; beta is the inverse temperature of the softmax, 25 in the paper (A.2)."""
 
     def __init__(self, beta=25.0):
-        self.beta = beta
+        self.beta = float(beta)
         self.K = self.V = None                                      # (|k|, T) and (P - |k|, T) after T writes
 
     def write(self, key, value):

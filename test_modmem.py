@@ -122,7 +122,7 @@ def test_published_weights_compute_the_written_out_vit(name, size, heads, state,
     assert_close(vit(images), written_out(s, images, heads), rtol=0, atol=1e-4)
 
 def test_a_block_is_pytorchs_encoder_layer():
-    ours, x = substrate.Block(12, 3, layer_scale=False), randn(2, 5, 12)
+    ours, x = substrate.Block(12, 3), randn(2, 5, 12)
     theirs = nn.TransformerEncoderLayer(12, 3, 48, 0, "gelu", 1e-6, batch_first=True, norm_first=True)
     qkv = ours.attn.query, ours.attn.key, ours.attn.value
     theirs.self_attn.in_proj_weight.data = torch.cat([layer.weight for layer in qkv])
@@ -410,29 +410,33 @@ def test_a_folder_of_ones_own_can_be_read_and_looked_at(pets, tmp_path, monkeypa
     assert np.abs(test.images[2].permute(1, 2, 0).numpy() - middle).mean() < 6
     monkeypatch.chdir(tmp_path)
     assert "pet0" in command("data.py", "--dataset", "folder", "--data-dir", pets)
-    assert equal(data.picture("folder-sample.png"), test.images[0])
-    assert data.picture("folder.png").float().std() > 9
+    assert equal(data.picture("folder-sample.png", 224), test.images[0])
+    assert data.picture("folder.png", 99).float().std() > 9
     shutil.copytree(pets / "train", "train")
     shutil.copytree(pets / "test/pet1", "test/pet1")
     with pytest.raises(ValueError, match="different classes"):
         data.load("folder", tmp_path)
 
 @pytest.mark.filterwarnings("ignore:The image decoding")
-def test_pictures_are_upright_and_rgb_and_broken_ones_are_named(tmp_path):
+def test_pictures_are_upright_and_rgb_and_broken_ones_are_named(tmp_path, monkeypatch):
     jpg, png, image = tmp_path / "p.jpg", tmp_path / "p.png", pixels(1, 16)[0, :, :8].permute(1, 2, 0).numpy()
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
         Image.fromarray(image).save(jpg, exif=exif)
         theirs = torchvision.io.decode_image(str(jpg), apply_exif_orientation=True)
-        assert equal(data.picture(jpg), theirs) and theirs.shape[1] == (16 if orientation > 4 else 8)
+        assert theirs.shape[1] == (16 if orientation > 4 else 8)
+        assert equal(data.picture(jpg, 8), torchvision.transforms.functional.center_crop(theirs, 8))
     Image.fromarray(image[:, :, 0]).save(png)
-    assert (data.picture(png).numpy() == image[:, :, 0]).all()
+    assert (data.picture(png, 8).numpy() == image[:, 4:12, 0]).all()
     for whole in (jpg.read_bytes(), png.read_bytes()):
         for content in (b"", b"no picture", whole[:40], whole[:-50]):
             jpg.write_bytes(content)
             with pytest.raises(ValueError, match="p.jpg cannot be read"):
-                data.picture(jpg)
+                data.picture(jpg, 8)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)          # Pillow refuses twice as many
+    with pytest.raises(ValueError, match="p.png cannot be read"):
+        data.picture(png, 8)
 
 def test_a_file_is_whole_or_not_there_and_damage_is_named(tmp_path, monkeypatch):
     content, path = {"a": randn(1000), "b": [1, {"c": torch.tensor(True)}]}, tmp_path / "new/a.pt"
@@ -636,11 +640,19 @@ def test_what_is_missing_is_made_again_with_the_same_bits(finished, words, tmp_p
     assert kept.items() <= times(tmp_path).items()
     assert_same(tmp_path / RUN, finished)
 
-def test_a_run_with_other_options_is_refused(words, tmp_path):
-    before, weights = times(tmp_path), shutil.copy(WEIGHTS, tmp_path / "mine.pt")
-    for option, *value in (("epochs", 2), ("image_size", 24), ("weights", weights), ("validate",)):
+def test_a_run_with_other_options_weights_or_images_is_refused(words, pets, tmp_path):
+    before, weights, mine = times(tmp_path), shutil.copy(WEIGHTS, tmp_path / WEIGHTS.name), tmp_path / "pets"
+    assert "4 of 4 tasks found" in command("til.py", *words, "--weights", weights)
+    state = torch.load(WEIGHTS, weights_only=True)
+    data.save(weights, state | {"blocks.0.fc1.bias": state["blocks.0.fc1.bias"] + 1})
+    shutil.copytree(pets, mine)
+    shutil.copy(mine / "train/pet1/0.png", mine / "train/pet0/0.png")
+    for option, *value in (("epochs", 2), ("image_size", 24), ("weights", weights), ("validate",),
+                           ("data_dir", mine)):
         line = refused("til.py", *words, "--" + option.replace("_", "-"), *value)
-        assert option in line and RUN in line and "--out" in line
+        assert {"data_dir": "images"}.get(option, option) in line and RUN in line and "--out" in line
+    line = refused("evaluate.py", "probe", tmp_path / RUN, *PETS[-3:], pets, "--weights", weights)
+    assert "other weights" in line
     assert "0 of 4 tasks found" in command("til.py", *words, "--seeds", 1)
     assert before.items() <= times(tmp_path).items()
 
@@ -652,7 +664,8 @@ def test_a_run_of_other_code_is_refused_and_comments_do_not_count(words, tmp_pat
         assert old in text, (name, old)
         (tree / name).write_text(text.replace(old, new))
     tree, modules = tmp_path / "tree", "vit lora hopfield bayespcn data evaluate til mts".split()
-    before, files = times(tmp_path), {"weights", WEIGHTS.name, *(f"{module}.py" for module in modules)}
+    before, files = times(tmp_path), {"weights", WEIGHTS.name, "results", "paper.json"}
+    files |= {f"{module}.py" for module in modules}
     shutil.copytree(HERE, tree, ignore=lambda folder, names: {*names} - files)
     monkeypatch.syspath_prepend(str(tree))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -748,6 +761,9 @@ def test_weights_that_do_not_fit_or_give_no_finite_loss_are_one_line(words, tmp_
     ("til.py --data-dir no/such", "no/such"), ("til.py --predict no.png --task 1", "no.png"),
     ("til.py --predict README.md --task 1", "README.md cannot be read"), ("til.py --predict PET", "--task"),
     ("til.py --predict PET --task 0", "--task"), ("til.py --predict PET --task 5", "--task"),
+    ("til.py --memory hopfield:beta=x", "beta=x"), ("til.py --epochs 0", "1 or more"),
+    ("til.py --rank 0", "1 or more"), ("til.py --batch-size -1", "1 or more"),
+    ("til.py --image-size -8", "1 or more"), ("evaluate.py nothing", "no results in nothing"),
     ("til.py --device cuda", "no GPU"), ("mts.py --predictor mine", "mine"), ("mts.py --task 1", "--task"),
     ("evaluate.py probe no/such", "no/such"), ("evaluate.py bench --memory brain", "brain")])
 def test_mistakes_on_a_command_line_are_one_line(words, pets, monkeypatch, line, said):

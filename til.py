@@ -104,8 +104,7 @@ def fit(logits, parameters, x, y, epochs, batch_size, generator, lr=LR, views=fl
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            hits = (output.argmax(1) == y[batch]).sum()
-            totals += torch.stack([loss.detach() * len(batch), hits])
+            totals += torch.stack([loss.detach() * len(batch), (output.argmax(1) == y[batch]).sum()])
         loss, accuracy = (totals / len(y)).tolist()
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} in epoch {epoch}: look at pictures and weights, lower LR")
@@ -128,8 +127,8 @@ class Run:
         self.memory_name = args.memory.replace(":", "-")        # in the names of files
         options = "dataset splits backbone image_size rank alpha epochs batch_size validate plain".split()
         self.config = {option: getattr(args, option) for option in options} | {
-            "seed": seed, "class_order": self.tasks, "weights": args.weights and args.weights.name,
-            "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY,
+            "seed": seed, "class_order": self.tasks, "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY,
+            "weights": self.vit.digest, "images": data.digest(train.images),
             "code of til.py": data.digest(Classifier, init_head, flips, fit, Run.learn)}
         self.config |= {f"code of {file.__name__}.py": data.digest(file) for file in (substrate, lora, data)}
         found = len([*self.folder.glob("adapters/*.pt")])
@@ -286,6 +285,8 @@ def main(args, results, predict):
     args.batch_size, args.plain = args.batch_size or (6 if glyphs else 64), args.plain or not gpu
     print(f"{args.dataset} in {args.splits} tasks; {args.backbone} at {args.image_size} px, LoRA of rank "
           f"{args.rank}; memory {args.memory}; on {args.device}", flush=True)
+    if min(args.image_size, args.rank, args.epochs, args.batch_size) < 1:
+        raise ValueError("--image-size, --rank, --epochs and --batch-size must be 1 or more")
     if gpu and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: PyTorch finds no GPU here, use --device cpu")
     if gpu:

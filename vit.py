@@ -20,8 +20,8 @@ import data
 
 # A substrate: side of the input and of a patch in pixels, width d, blocks, heads; mean and std of its pixels
 # in [0, 1], by default ImageNet's; where its weights are, and how to rename them.
-Config = namedtuple("Config", "image_size patch width depth heads layer_scale mean std url rename", defaults=(
-    False, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), None, ()))
+Config = namedtuple("Config", "image_size patch width depth heads mean std url rename", defaults=(
+    (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), None, ()))
 
 TIMM = ((r"^patch_embed\.proj", "patch_embed"), (r"\.mlp\.", "."))
 TORCHVISION = (
@@ -36,7 +36,7 @@ CONFIGS = {
         url="https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
             "/resolve/main/pytorch_model.bin"),
     "dinov2_vits14": Config(                        # Oquab et al., arXiv 2304.07193
-        112, 14, 384, 12, 6, layer_scale=True, rename=(*TIMM, (r"\.ls(\d)\.", r".scale\1.")),
+        112, 14, 384, 12, 6, rename=(*TIMM, (r"\.ls1\.", ".attn.proj."), (r"\.ls2\.", ".fc2.")),
         url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"),
     "vit_b_16": Config(                             # torchvision's ViT_B_16_Weights.IMAGENET1K_V1
         224, 16, 768, 12, 12, rename=TORCHVISION,
@@ -61,30 +61,18 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(B, -1, d))               # (B, n, d)
 
 
-class LayerScale(nn.Module):
-    """A learned scale for each channel (arXiv 2103.17239). Of the substrates, only DINOv2 has it."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, x):
-        return self.gamma * x
-
-
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
-    def __init__(self, width, heads, layer_scale):
+    def __init__(self, width, heads):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.scale1, self.scale2 = (LayerScale(width) if layer_scale else nn.Identity() for _ in range(2))
 
     def forward(self, x, n=None):                   # (B, N, d) -> (B, n, d): the first n tokens, or all
-        x = x[:, :n] + self.scale1(self.attn(self.norm1(x), n))
-        return x + self.scale2(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
+        x = x[:, :n] + self.attn(self.norm1(x), n)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
 class ViT(nn.Module):
@@ -99,7 +87,7 @@ class ViT(nn.Module):
         self.patch_embed = nn.Conv2d(3, config.width, config.patch, stride=config.patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + n_patches, config.width))
-        blocks = [Block(config.width, config.heads, config.layer_scale) for _ in range(config.depth)]
+        blocks = [Block(config.width, config.heads) for _ in range(config.depth)]
         self.blocks, self.norm = nn.ModuleList(blocks), nn.LayerNorm(config.width, eps=1e-6)
 
     def forward(self, images):
@@ -140,10 +128,9 @@ def load(name, weights=None, image_size=None):
     """The substrate `name` of CONFIGS: pretrained, frozen, float32, in eval mode. weights: a file in the
     published layout, if not the usual one. ValueError or OSError for a size or a file that does not fit."""
     vit, url = ViT(CONFIGS[name], image_size), CONFIGS[name].url
-    shipped = Path(__file__).parent / "weights" / f"{name}.pt"
-    fetched = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.pth"
-    path = Path(weights or (fetched if url else shipped))
-    if path == fetched and not path.exists():
+    shipped, fetched = Path(__file__).with_name("weights"), Path(torch.hub.get_dir(), "checkpoints")
+    path = Path(weights or (fetched / f"{name}.pth" if url else shipped / f"{name}.pt"))
+    if path.parent == fetched and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, path)
@@ -154,8 +141,9 @@ def load(name, weights=None, image_size=None):
         if "pos_embed" in state:
             state["pos_embed"] = resize_positions(state["pos_embed"], vit.image_size // vit.config.patch)
         vit.load_state_dict(state)
-    except RuntimeError as error:                   # it names the weights that do not fit
+    except (RuntimeError, KeyError) as error:       # it names the weights that do not fit
         raise ValueError(f"{path} does not fit {name}: {textwrap.shorten(str(error), 400)}") from None
+    vit.digest = data.digest(nn.utils.parameters_to_vector(vit.blocks.parameters()))   # tells weights apart
     return vit.requires_grad_(False).eval()
 
 
@@ -170,6 +158,10 @@ def rename(state, rules):
                 renamed[name.replace("qkv", part)] = rows
         elif not re.match(r"mask_token|heads?\.", name):
             renamed[name] = weight
+    for name in [name for name in renamed if name.endswith(".gamma")]:
+        # DINOv2 has LayerScale (arXiv 2103.17239) after layers: gamma (W x + b) = (gamma W) x + gamma b.
+        gamma, W, b = renamed.pop(name), name.replace("gamma", "weight"), name.replace("gamma", "bias")
+        renamed[W], renamed[b] = gamma[:, None] * renamed[W], gamma * renamed[b]
     return renamed
 
 
