@@ -219,11 +219,11 @@ def assess(run, memory, keys, given):
 def linear_head(run, t):
     """The control `linear`: a head for task t (from 0), trained without flips on a ViT with theta = 0."""
     images, labels = data.task(run.train, run.tasks[t])
-    x, y = substrate.features(run.vit, images), labels.to(run.args.device)
-    head, generator = copy.deepcopy(run.classifier.head), data.generator(run.seed, t + 1)
+    x, generator = substrate.features(run.vit, images).cpu(), data.generator(run.seed, t + 1)
+    head = copy.deepcopy(run.classifier.head).cpu()             # for so small products, a CPU is faster
     init_head(head, generator)
-    fit(lambda x, flip: head(x), head.parameters(), x, y, run.args.epochs, run.args.batch_size, generator)
-    return head
+    fit(lambda x, _: head(x), head.parameters(), x, labels, run.args.epochs, run.args.batch_size, generator)
+    return head.to(run.args.device)
 
 
 def results(run):

@@ -54,7 +54,8 @@ class Attention(nn.Module):
 
     def forward(self, x, n=None):                   # (B, N, d) -> (B, n, d): the first n tokens, or all
         (B, N, d), h = x.shape, self.heads
-        q = self.query(x[:, :n]).view(B, -1, h, d // h).transpose(1, 2)     # (B, h, n, d / h)
+        # Without `contiguous`, nn.Linear may take another path for n = 1, and round differently.
+        q = self.query(x[:, :n].contiguous()).view(B, -1, h, d // h).transpose(1, 2)        # (B, h, n, d / h)
         k = self.key(x).view(B, N, h, d // h).transpose(1, 2)               # (B, h, N, d / h)
         v = self.value(x).view(B, N, h, d // h).transpose(1, 2)             # (B, h, N, d / h)
         y = F.scaled_dot_product_attention(q, k, v)                         # (B, h, n, d / h)
@@ -118,7 +119,7 @@ def prepare(images, vit, flip=None, crop=None):
 
 
 @torch.no_grad()
-def features(vit, images, batch_size=250):
+def features(vit, images, batch_size=1000):
     """Class tokens (n, d), float32, on the ViT's device, of uint8 images (n, 3, h, w) on any device."""
     device = vit.cls_token.device
     return torch.cat([vit(prepare(x.to(device), vit)).float() for x in images.split(batch_size)])
