@@ -16,8 +16,8 @@ and the energy is (d_0 = P, and d_l = H above)
 
 write   x^0 is theta. Descend E over the hidden layers, then update every W_l by Bayes' rule.
 read    Only the key, the first |k| columns of x^0, is known. Descend E, then predict the others by z R_0.
-        joint      (Yoo & Wood's way) minimises over the unknown columns, too: their residual is 0, but they
-                   count in d_0 = P. So v_0, and theta, come out too small.
+        joint      (Yoo & Wood's way) minimises over the unknown columns, too: then they fit perfectly, but
+                   d_0 = P still counts them. So v_0, and theta, come out too small.
         marginal   (ours, the default) integrates the unknown columns out: d_0 = |k|.
 """
 import math
@@ -33,8 +33,8 @@ class BayesPCN:
 
     def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01, steps=500,
                  read="marginal", seed=0):
-        if read not in ("marginal", "joint"):
-            raise ValueError(f"there is no read={read}: choose marginal or joint")
+        if read not in ("marginal", "joint") or min(hidden, layers - 1, steps) < 1:
+            raise ValueError("read is marginal or joint; hidden, steps are at least 1, layers at least 2")
         self.dim, self.hidden, self.layers, self.seed = dim, hidden, layers, seed
         self.s2, self.u_prior = sigma_obs ** 2, sigma_prior ** 2
         self.lr, self.steps, self.read_mode, self.trace = float(lr), int(steps), read, None
@@ -44,12 +44,12 @@ class BayesPCN:
         self.count, self.G = 0, None                                    # of writes; R_0 R_0^T, if it is known
 
     def noise(self, stream, rows, width):
-        """(rows, width) of N(0, 1 / width). Streams: l: prior of layer l, L: reads, L + 1 + t: write t."""
+        """Noise of variance 1 / width. stream: l: the prior of layer l; L: reads; L + 1 + t: write t."""
         generator = torch.Generator().manual_seed(100_003 * self.seed + stream)
         return (torch.randn(rows, width, generator=generator) / math.sqrt(width)).double()
 
     def observe(self, x0, d_0):
-        """What E needs to know about x0 (n, |x0|), the first columns of x^0.
+        """What `energy` needs to know about x0 (n, |x0|), the first columns of x^0, and all R, U and d.
         With R for these columns of R_0, |x0 - z R|^2 = x0 x0^T - 2 z c^T + z G z^T, where c = x0 R^T (n, H)
         and G = R R^T (H, H). Computed once, they make a step of the descent O(H^2) instead of O(H P).
         """
@@ -73,7 +73,7 @@ class BayesPCN:
         top = (x[-1] - self.r).square().sum(-1) / v_top + self.hidden * math.log(2 * math.pi * v_top)
         return ((squared / v + d * torch.log(2 * math.pi * v)).sum(0) + top) / 2
 
-    @torch.enable_grad()                                                # a read is part of an inference
+    @torch.enable_grad()                                                # inference turns gradients off
     def descend(self, stream, observed):
         """Hidden activations (L-1, n, H) after Adam on E, from the same noise for every row. A row
         stops for good once its E changes by less than 1e-3, so that it does not depend on the other rows."""

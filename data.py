@@ -186,9 +186,8 @@ def generator(*seed):
 
 
 # ---- files and the terminal ----------------------------------------------------------------------
-
 def save(path, content):
-    """Writes a dictionary as JSON or by torch.save, beside `path`, and renames it: a file is never half."""
+    """Writes a dictionary as JSON or by torch.save, beside `path`, then renames it: it is always whole."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch.write_text(json.dumps(content)) if path.suffix == ".json" else torch.save(content, scratch)
@@ -213,7 +212,7 @@ def digest(*objects):
     """Changes with the values of CPU tensors, and with the code and docstrings of modules, classes and
     functions, not with their comments or layout."""
     parts = [x.detach().numpy() if torch.is_tensor(x) else
-             ast.dump(ast.parse(textwrap.dedent(inspect.getsource(x)))).encode() for x in objects]
+             ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(x)))).encode() for x in objects]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
 
 

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import data
 import lora
@@ -34,14 +33,13 @@ def make_memory(text, dim):
         raise ValueError(f"there is no memory '{name}': choose one of {', '.join(MEMORIES)}")
     pairs = dict(option.partition("=")[::2] for option in options.split(",") if option)
     try:
-        values = {option: x if x.isalpha() else ast.literal_eval(x) for option, x in pairs.items()}
+        values = {k: x if x.isalpha() and x.islower() else ast.literal_eval(x) for k, x in pairs.items()}
         return MEMORIES[name](dim, **values)
     except (TypeError, ValueError, SyntaxError) as error:
         raise ValueError(f"--memory {text}: {error}") from error
 
 
 # ---- metrics -------------------------------------------------------------------------------------
-
 def faa(accuracies):
     """FAA = (1 / T) sum_t A_(T, t) (section 4): every task counts the same."""
     return sum(accuracies) / len(accuracies)
@@ -74,14 +72,13 @@ def write_result(run, setting, hits, task_ids, errors, start, variant="", **more
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"}
     path = run.folder / f"{setting}-{run.memory_name}{variant}.json"
     data.save(path, content)
-    lines = {name: tasks[name] for name in ("gt", "recalled", "linear", "none")}
-    plot(path.with_suffix(".svg"), "Test images of each task", "task", "accuracy in %", lines,
-         range(1, len(run.tasks) + 1))
+    names = ("gt", "recalled", "linear", "none") if setting == "til" else ("gt", "local", "strict", "task")
+    plot(path.with_suffix(".svg"), "Test images of each task", "task", "accuracy in %",
+         {name: tasks[name] for name in names}, range(1, len(run.tasks) + 1))
     return content
 
 
 # ---- tables --------------------------------------------------------------------------------------
-
 CONTROLS = ("linear", "mean", "wrong", "none")
 COLUMNS = {
     "til": {"faa_gt": "FAA_GT", "faa": "FAA(M)", "drop": "D(M)", "recall_error": "error"},
@@ -119,8 +116,7 @@ def cell(runs, column):
 
 
 def report(results, paper=False):
-    """Markdown: a table for each experiment, a row for each command over its seeds, the paper's below it;
-    with `paper`, also the paper's rows for which there is no result."""
+    """Markdown: a table for each experiment, a row for each command; paper: also those that only it has."""
     tables, order = {command: {} for command in PAPER} if paper else {}, ("dataset", "splits", "seed")
     for result in sorted(results, key=lambda result: (result["setting"] != "til", *map(result.get, order))):
         command = "{setting}.py --dataset {dataset} --splits {splits}".format(**result)
@@ -132,6 +128,8 @@ def report(results, paper=False):
                   "|---" * (2 + len(columns)) + "|"]
         for name, runs in sorted(rows.items()):
             seeds = " ".join(str(run["seed"]) for run in runs)
+            if len(runs) > len({run["seed"] for run in runs}):
+                raise ValueError(f"two results for {command} --memory {name}, seeds {seeds}: show one")
             lines.append(f"| `{name}` | {seeds} | {' | '.join(cell(runs, x) for x in columns)} |")
             if name in theirs:
                 lines.append(f"| paper | 3 seeds | {theirs.pop(name)} |")
@@ -163,7 +161,6 @@ def plot(path, title, x_label, y_label, lines, ticks):
 
 
 # ---- the memories alone --------------------------------------------------------------------------
-
 def bench(args):
     """Time, size, recall error, last descents of memories with T made-up modulations: OUT.json, OUT.svg."""
     torch.set_num_threads(1)
@@ -192,10 +189,9 @@ def bench(args):
              lines, range(max(map(len, lines.values()))))
 
 
-def probe(args):
+def probe(args, run):
     """Recall error and FAA of a run, as memories fill up, then with noisy keys: RUN/probe.json, RUN/*.svg."""
-    run, rows = args.runs[-1], []
-    config = data.read(run / "config.json")
+    config, rows = data.read(run / "config.json"), []
     vit = substrate.load(config["backbone"], args.weights, config["image_size"])
     if vit.digest != config["weights"]:
         raise ValueError(f"{run} was made with other weights: give them with --weights")
@@ -206,26 +202,28 @@ def probe(args):
     tests = [data.task(test, classes) for classes in config["class_order"]]
     adapters = [data.read(run / f"adapters/{t}.pt") for t in range(1, config["splits"] + 1)]
     pairs, quarter = [lora.split_key(adapter["theta"]) for adapter in adapters], math.ceil(len(tests) / 4)
+    head = substrate.Head(vit.config.width, len(config["class_order"][0]), device=args.device)
 
-    def measure(noise, keys):
+    def measure(name, memory, noise, keys):
         errors, accuracies = [], []
         draws = torch.randn(len(keys), len(keys[0]), generator=data.generator(0))
         for key, draw, adapter, (images, labels) in zip(keys, draws, adapters, tests):
             lora.set(vit, memory.read(key + noise * key.square().mean().sqrt() * draw))
             errors.append(recall_error(lora.get(vit).cpu(), adapter["theta"]))
-            logits = F.linear(substrate.features(vit, images).cpu(), **adapter["head"])
-            accuracies.append(100 * (logits.argmax(1) == labels).double().mean().item())
+            head.load_state_dict(adapter["head"])
+            logits = head(substrate.features(vit, images))
+            accuracies.append(100 * (logits.argmax(1).cpu() == labels).double().mean().item())
         rows.append({"memory": name, "stored": len(keys), "noise": noise, "error": statistics.mean(errors),
                      "faa": faa(accuracies)})
-        print("{memory:20} stored {stored:3}  noise {noise:4}  error {error:.4f}  FAA {faa:.2f}".format(
-            **rows[-1]), flush=True)
+        print("{memory:20} T {stored:3}  noise {noise:4}  error {error:.4f} FAA {faa:.2f}".format(**rows[-1]))
 
     for name in args.memory:
         memory = make_memory(name, len(adapters[0]["theta"]))
         for n, pair in enumerate(pairs, 1):
             memory.write(*pair)
-            for noise in NOISE if n == len(pairs) else NOISE[:n % quarter == 0]:
-                measure(noise, [key for key, _ in pairs[:n]])
+            if n == len(pairs) or n % quarter == 0:
+                for noise in NOISE if n == len(pairs) else [0]:
+                    measure(name, memory, noise, [key for key, _ in pairs[:n]])
     data.save(run / "probe.json", {"rows": rows})
     for figure, y_label in (("error", "recall error"), ("faa", "FAA in %")):
         full = {name: [row[figure] for row in rows if (row["memory"], row["stored"]) == (name, len(pairs))]
@@ -247,8 +245,10 @@ def main():
     add("--dim", type=int, default=147_456, help="bench: P (default: %(default)s)")
     add("--out", type=Path, default="runs/bench.json", help="bench (default: %(default)s)")
     args = parser.parse_args()
-    if str(args.runs[0]) in ("probe", "bench"):
-        return probe(args) if str(args.runs[0]) == "probe" else bench(args)
+    if args.runs == [Path("bench")]:
+        return bench(args)
+    if args.runs[:-1] == [Path("probe")]:
+        return probe(args, args.runs[1])
     files = [path for run in args.runs for path in sorted([*run.glob("til-*.json"), *run.glob("mts-*.json")])]
     if not files:
         raise ValueError(f"there are no results in {', '.join(map(str, args.runs))}")

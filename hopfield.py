@@ -1,9 +1,10 @@
 """Modern Hopfield network (Ramsauer et al., arXiv 2008.02217) as a memory (paper, section 3.1).
 
-    write   K and V gain the columns k_t and theta_t / k_t
+    write   K and V gain the columns k_t and theta_t / k_t          / takes k_t away from theta_t
     read    theta_hat = k (+) V softmax(beta K^T k)                 (+) joins two vectors
 
-A large beta makes the softmax one-hot and the read exact. A small beta blends everything that was written.
+A large beta makes the softmax one-hot: a read returns the value whose key has the largest product with k.
+A small beta blends everything that was written.
 """
 import torch
 
@@ -16,7 +17,7 @@ class Hopfield:
         self.K = self.V = None                                      # (|k|, T) and (P - |k|, T) after T writes
 
     def write(self, key, value):
-        """Stores key k_t (|k|,) with value theta_t / k_t (P - |k|,)."""
+        """Stores a key k_t (|k|,) and its value theta_t / k_t (P - |k|,)."""
         if self.K is None:
             self.K, self.V = key[:, None], value[:, None]
         else:

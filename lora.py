@@ -38,8 +38,8 @@ def parameters(vit):
 
 
 def add(vit, rank=8, alpha=8, generator=None):
-    """Wraps query and value of every block, with a random theta (see `init`). alpha stays when the rank
-    changes, as in Hu et al.: the factor 1 / r makes up for the growth of B A with r."""
+    """Wraps query and value of every block, with a random theta (see `init`). Keep alpha when you change the
+    rank, as Hu et al. do: the factor 1 / r makes up for the growth of B A with r."""
     for block in vit.blocks:
         block.attn.query = LoRALinear(block.attn.query, rank, alpha)
         block.attn.value = LoRALinear(block.attn.value, rank, alpha)
@@ -70,7 +70,8 @@ def set(vit, theta):
 
 
 def split_key(theta):
-    """theta (P,) -> k_t, its first 10 % (memories rely on its being the beginning), and the rest (3.1)."""
+    """theta (P,) -> k_t, its first 10 %, and the rest, which the paper writes theta_t / k_t (section 3.1).
+    A recalled theta begins with the key. So for another key, reorder theta in `get` and `set`."""
     n = math.floor(0.1 * len(theta))
     return theta[:n].clone(), theta[n:].clone()                 # copies: a view is saved with all of theta
 

@@ -21,7 +21,6 @@ LR = 0.002                                                      # of the task pr
 
 
 # ---- the two algorithms --------------------------------------------------------------------------
-
 def mts_training(run):
     """Algorithm 3: the task predictor (theta_0 and its head), the memory M_T, and the task keys K_T."""
     images, task_labels = run.train.images, data.task_labels(run.train, run.tasks)      # 3: all D_t
@@ -36,8 +35,8 @@ def mts_inference(vit, predictor, heads, images, keys, memory):
     logits (n, classes of a task). predictor: theta_0 (P,) and its head; heads, keys: one for each task."""
     theta_0, head_0 = predictor
     lora.set(vit, theta_0)
-    p = head_0(substrate.features(vit, images)).softmax(1)      # p(t | x); or p(c | x), task by task
-    p = p.unflatten(1, (len(keys), -1)).sum(2)                  # p(t | x) = sum of p(c | x) over c in t
+    p = head_0(substrate.features(vit, images)).softmax(1)      # outputs: tasks, or classes task by task
+    p = p.unflatten(1, (len(keys), -1)).sum(2)                  # p(t | x), the sum over the outputs of t
     t_hat = p.argmax(1).cpu()                                   # 3: t_hat = C(x; W, theta_0)
     logits = torch.empty(len(images), heads[0].out_features)
     for t in t_hat.unique().tolist():                           # images of one predicted task together
@@ -49,7 +48,6 @@ def mts_inference(vit, predictor, heads, images, keys, memory):
 
 
 # ---- the task predictor --------------------------------------------------------------------------
-
 def flips_and_crops(n, generator, smallest=0.35):
     """How n images are seen in an epoch: flip (n,), as in til.flips, and crop (n, 3), as in vit.prepare.
 
@@ -75,7 +73,7 @@ def learn_predictor(run, images, task_ids, labels):
     if found is None:
         start, generator = time.perf_counter(), data.generator(run.seed, 0)
         lora.init(run.vit, generator)
-        til.init_head(classifier.head, generator)
+        classifier.head.init(generator)
 
         def report(epoch, loss, accuracy):
             seconds = time.perf_counter() - start
@@ -98,7 +96,6 @@ def variant(args):
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
-
 def results(run):
     """Algorithm 3, then Algorithm 4 on all test images; writes mts-<memory>.json and returns its content."""
     start = time.perf_counter()

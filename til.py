@@ -4,7 +4,7 @@
     python til.py --dataset cifar100 --splits 20 --memory hopfield    # the paper's C100-20S, on a GPU
     python til.py --predict picture.png --task 3                      # Algorithm 2 on one picture
 
-A run lives in runs/<its options>/. The same command goes on where it was stopped; torchrun shares the tasks.
+The files of a run are in a folder of runs/. Repeat a command to resume it; torchrun divides the tasks.
 """
 import copy
 import math
@@ -27,14 +27,14 @@ RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK",
 
 
 # ---- the two algorithms --------------------------------------------------------------------------
-
 def til_training(tasks, train, memory, learn):
-    """Algorithm 1: returns M_T and K_T. tasks: their classes; learn(t, images, labels) -> theta_t (P,)."""
+    """Algorithm 1, with its line numbers: returns M_T and K_T. tasks: the classes of each task;
+    learn(t, images, labels) -> theta_t (P,)."""
     keys = []                                                   # 2: K_0 is empty, and so is M_0
     for t, classes in enumerate(tasks, 1):                      # 3
         images, labels = data.task(train, classes)              # 4: D_t, and nothing of other tasks
         theta = learn(t, images, labels)                        # 5, 6: random, then trained by AdamW
-        key, value = lora.split_key(theta)                      # 7: k_t and theta_t / k_t
+        key, value = lora.split_key(theta)                      # 7: k_t, and the rest
         keys.append(key)                                        # 8
         memory.write(key, value)                                # 9
     return memory, keys                                         # 11
@@ -49,34 +49,27 @@ def til_inference(vit, head, images, key, memory):
 
 
 class Classifier(nn.Module):
-    """C(x; W, theta): a ViT with LoRA, and a linear head on its class token."""
+    """C(x; W, theta): a ViT with LoRA, and a head on its class token."""
 
     def __init__(self, vit, n_classes, plain):
         super().__init__()
         self.vit, self.plain, self.graphs = vit, plain, {}
-        self.head = nn.Linear(vit.config.width, n_classes, device=vit.cls_token.device)
+        self.head = substrate.Head(vit.config.width, n_classes, device=vit.cls_token.device)
 
     def forward(self, images, *view):
         """Logits (B, n_classes) for uint8 images (B, 3, h, w), seen as `view` says (see vit.prepare)."""
         return self.head(self.vit(substrate.prepare(images, self.vit, *view)).float())
 
     def logits(self, *inputs):
-        """The same; unless plain, by a CUDA graph, which launches all kernels at once and so is faster."""
+        """The same as forward; but unless plain, it replays a CUDA graph, which is faster."""
         if self.plain:
             return self(*inputs)
         size = len(inputs[0])                                   # of the batch; one graph for each
         if size not in self.graphs:
-            wrapper = nn.ModuleList([self])                     # the graph replaces its forward, not ours
+            wrapper = nn.ModuleList([self])                     # its forward will be replaced, not ours
             wrapper.forward, sample = self.forward, tuple(x.clone() for x in inputs)
             self.graphs[size] = torch.cuda.make_graphed_callables(wrapper, sample)
         return self.graphs[size](*inputs)
-
-
-@torch.no_grad()
-def init_head(head, generator):
-    """Small random weights, drawn on the CPU, and no bias."""
-    head.weight.copy_(nn.init.normal_(torch.empty(head.weight.shape), std=0.02, generator=generator))
-    head.bias.zero_()
 
 
 def flips(n, generator):
@@ -129,8 +122,9 @@ class Run:
         self.config = {option: getattr(args, option) for option in options} | {
             "seed": seed, "class_order": self.tasks, "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY,
             "weights": self.vit.digest, "images": data.digest(train.images),
-            "code of til.py": data.digest(Classifier, init_head, flips, fit, Run.learn)}
-        self.config |= {f"code of {file.__name__}.py": data.digest(file) for file in (substrate, lora, data)}
+            "code of til.py": data.digest(Classifier, flips, fit, Run.learn),
+            "code of data.py": data.digest(data.task, data.task_labels, data.generator)}
+        self.config |= {f"code of {file.__name__}.py": data.digest(file) for file in (substrate, lora)}
         found = len([*self.folder.glob("adapters/*.pt")])
         print(f"{found} of {args.splits} tasks found in {self.folder}" + ", not trained again" * (found > 0))
         if not found or self.find("config.json") is None:       # `find` refuses other options and other code
@@ -160,7 +154,7 @@ class Run:
             return found["theta"]
         start, generator = time.perf_counter(), data.generator(self.seed, t)
         lora.init(vit, generator)                               # line 5 of Algorithm 1; `fit` is line 6
-        init_head(head, generator)
+        head.init(generator)
         parameters = [*lora.parameters(vit), *head.parameters()]
         loss, accuracy = fit(self.classifier.logits, parameters, images.to(args.device),
                              labels.to(args.device), args.epochs, args.batch_size, generator)
@@ -195,7 +189,6 @@ class Run:
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
-
 def assess(run, memory, keys, given):
     """Classifies each test image as one of task given (n,), from 0. Returns the predicted labels (n,) with
     theta as trained (gt), as recalled, and with each control; and the recall errors, one a task."""
@@ -221,7 +214,7 @@ def linear_head(run, t):
     images, labels = data.task(run.train, run.tasks[t])
     x, generator = substrate.features(run.vit, images).cpu(), data.generator(run.seed, t + 1)
     head = copy.deepcopy(run.classifier.head).cpu()             # for so small products, a CPU is faster
-    init_head(head, generator)
+    head.init(generator)
     fit(lambda x, _: head(x), head.parameters(), x, labels, run.args.epochs, run.args.batch_size, generator)
     return head.to(run.args.device)
 

@@ -1,4 +1,4 @@
-"""A Vision Transformer (Dosovitskiy et al., arXiv 2010.11929): the frozen substrate W of the modulations.
+"""A Vision Transformer (Dosovitskiy et al., arXiv 2010.11929): the frozen substrate W that LoRA modulates.
 
 Query, key and value have separate projections, so that lora.py can wrap exactly the query and the value.
 
@@ -101,13 +101,23 @@ class ViT(nn.Module):
         return self.norm(x[:, 0])                                           # (B, d)
 
 
+class Head(nn.Linear):
+    """The classifier on the class token: (n, d) -> logits (n, classes). There is one for each task."""
+
+    @torch.no_grad()
+    def init(self, generator):
+        """Small random weights, drawn on the CPU, and no bias."""
+        self.weight.copy_(nn.init.normal_(torch.empty(self.weight.shape), std=0.02, generator=generator))
+        self.bias.zero_()
+
+
 def prepare(images, vit, flip=None, crop=None):
     """uint8 images (B, 3, h, w) -> the input of the ViT (B, 3, s, s). flip: bool (B,), the images to mirror.
-    crop: (B, 3), the square of each image to see: side, and centre x, y; the whole image is [-1, 1]^2."""
+    crop: (B, 3), a square of each image: its side, 1 for the whole image, and its centre x, y in [-1, 1]."""
     x, size = images.float() / 255, (vit.image_size, vit.image_size)
     if flip is not None:
         x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-    if x.shape[-2:] != size and (crop is None or x.shape[-1] > size[1]):    # grid_sample shrinks badly
+    if x.shape[-2:] != size and (crop is None or x.shape[-1] > size[1]):    # grid_sample has no antialias
         x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
     if crop is not None:
         side, centre = crop[:, :1, None], crop[:, 1:, None]                 # (B, 1, 1), (B, 2, 1)
@@ -119,10 +129,9 @@ def prepare(images, vit, flip=None, crop=None):
 
 
 @torch.no_grad()
-def features(vit, images, batch_size=1000):
+def features(vit, images, batch=1000):
     """Class tokens (n, d), float32, on the ViT's device, of uint8 images (n, 3, h, w) on any device."""
-    device = vit.cls_token.device
-    return torch.cat([vit(prepare(x.to(device), vit)).float() for x in images.split(batch_size)])
+    return torch.cat([vit(prepare(x.to(vit.norm.bias.device), vit)).float() for x in images.split(batch)])
 
 
 def load(name, weights=None, image_size=None):
@@ -185,7 +194,6 @@ def pretrain(model, train, epochs, device, batch_size=256):
     steps = len(images) // batch_size                                       # of an epoch
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.001, epochs * steps, pct_start=0.05)
-    forward = torch.compile(model) if device == "cuda" else model
     for epoch in range(1, epochs + 1):
         order = torch.randperm(len(images), device=device)
         # 128 images share a draw of `augment`: a draw for each image would take most of the time.
@@ -193,7 +201,7 @@ def pretrain(model, train, epochs, device, batch_size=256):
         for batch in torch.randperm(len(images), device=device).split(batch_size)[:steps]:
             x, y = mix(prepare(augmented[batch], model[0]), labels[order[batch]])
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                loss = F.cross_entropy(forward(x), y, label_smoothing=0.1)
+                loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -211,8 +219,7 @@ def main():
     train, test = data.load("tinyimagenet", args.data_dir)
     vit, head = ViT(CONFIGS["vit_micro"]).to(device), nn.Linear(192, 200, device=device)
     pretrain(nn.Sequential(vit, head), train, args.epochs, device)
-    hits = head(features(vit, test.images)).argmax(1).cpu() == test.labels
-    top1 = 100 * hits.float().mean().item()
+    top1 = 100 * (head(features(vit, test.images)).argmax(1).cpu() == test.labels).float().mean().item()
     data.save(args.out, {name: weight.half().cpu() for name, weight in vit.state_dict().items()})
     data.save(args.out.with_suffix(".json"), {"top1": top1, "epochs": args.epochs, "device": device})
     print(f"{args.out}: top-1 {top1:.2f} % on TinyImageNet val")
