@@ -121,7 +121,7 @@ def test_published_weights_compute_the_written_out_vit(name, size, heads, state,
     vit = substrate.load(name, tmp_path / "w.pth", image_size=size)
     assert_close(vit(images), written_out(s, images, heads), rtol=0, atol=1e-4)
 
-def test_a_block_is_pytorchs_encoder_layer():
+def test_attention_and_a_block_are_pytorchs_encoder_layer():
     ours, x = substrate.Block(12, 3), randn(2, 5, 12)
     theirs = nn.TransformerEncoderLayer(12, 3, 48, 0, "gelu", 1e-6, batch_first=True, norm_first=True)
     qkv = ours.attn.query, ours.attn.key, ours.attn.value
@@ -153,7 +153,8 @@ def test_lora_with_B_zero_changes_nothing_and_only_lora_and_head_get_gradients(t
     images, head = randn(3, 3, 16, 16), nn.Linear(192, 5)
     with torch.no_grad():                        # with gradients, attention may take another kernel
         before, _ = tiny(images), lora.add(tiny, generator=data.generator(0, 1))
-        assert equal(tiny(images), before) and lora.get(tiny).any()
+        assert_close(tiny(images), before, rtol=0, atol=0)
+        assert lora.get(tiny).any()
     head(tiny(images)).sum().backward()
     trained = {*map(id, lora.parameters(tiny)), *map(id, head.parameters())}
     for weight in (*tiny.parameters(), *head.parameters()):
@@ -174,13 +175,13 @@ def test_theta_goes_in_and_out_exactly_and_the_substrate_stays(tiny):
     lora.add(tiny)
     for i in range(1000):
         lora.set(tiny, THETAS[i % 3])
-    assert equal(lora.get(tiny), THETAS[999 % 3])
+    assert_close(lora.get(tiny), THETAS[999 % 3], rtol=0, atol=0)
     lora.remove(tiny)
     after = tiny.state_dict()
     assert [*before] == [*after] and all(equal(before[name], after[name]) for name in before)
 
 @pytest.mark.parametrize("alpha", [8, 24])
-def test_merged_equals_adapter(tiny, alpha):
+def test_lora_merged_equals_adapter(tiny, alpha):
     images = randn(3, 3, 16, 16)
     lora.add(tiny, rank=8, alpha=alpha)
     lora.set(tiny, THETAS[0])
@@ -190,7 +191,7 @@ def test_merged_equals_adapter(tiny, alpha):
     assert_close(tiny(images), adapted, rtol=0, atol=1e-4)
 
 # ---- the memories --------------------------------------------------------------------------------
-def test_hopfield_is_scaled_dot_product_attention_from_the_mean_to_the_item():
+def test_hopfield_read_is_pytorchs_from_the_mean_to_the_item():
     memory, keys, values = Hopfield(beta=0.05), randn(6, 30), randn(6, 50, seed=1)
     for key, value in zip(keys, values):
         memory.write(key, value)
@@ -201,7 +202,8 @@ def test_hopfield_is_scaled_dot_product_attention_from_the_mean_to_the_item():
     memory.beta = 0.0
     assert_close(memory.read(keys[3])[30:], values.mean(0))
     memory.beta = Hopfield().beta
-    assert memory.beta == 25 and equal(memory.read(keys), torch.cat([keys, values], 1))
+    assert memory.beta == 25
+    assert_close(memory.read(keys), torch.cat([keys, values], 1), rtol=0, atol=0)
 
 def memory_of_the_readme(dim):
     names, blocks = {"torch": torch, "F": F}, re.findall(r"```python\n(.*?)```", README, re.S)
@@ -250,7 +252,7 @@ def test_bayespcn_gives_yoo_and_woods_figures():
     assert_close((memory.R, memory.U, memory.r, memory.u), theirs("forget"), **tolerance)
 
 @pytest.mark.parametrize("layers", [2, 4])
-def test_writing_is_batch_bayesian_regression_in_any_order_and_is_forgotten(layers):
+def test_condition_is_batch_bayesian_regression_in_any_order_and_is_forgotten(layers):
     memory, reverse = BayesPCN(40, 16, layers), BayesPCN(40, 16, layers)
     rows = [randn(7, width, seed=width).double() for width in (40, 16, 16, 16)[:layers]]
     before, (*R0, r0) = posterior(memory), (R.numpy().copy() for R in (*memory.R, memory.r))
@@ -479,7 +481,8 @@ def test_algorithm_1_stores_what_was_learned_from_each_task_alone():
     seen, thetas, train = [], THETAS[:2, :39], data.Images(torch.arange(12), torch.arange(12) % 6, "abcdef")
     memory, keys = til.til_training([[0, 1, 3], [5, 2, 4]], train, Hopfield(), learn)
     assert seen == [[1, [0, 1, 3, 6, 7, 9], [0, 1, 2] * 2], [2, [2, 4, 5, 8, 10, 11], [1, 2, 0] * 2]]
-    assert equal(torch.stack(keys), thetas[:, :3]) and equal(torch.cat([memory.K, memory.V]).T, thetas)
+    assert_close(torch.stack(keys), thetas[:, :3], rtol=0, atol=0)
+    assert_close(torch.cat([memory.K, memory.V]).T, thetas, rtol=0, atol=0)
 
 @pytest.fixture
 def recalling(tiny):
@@ -515,7 +518,8 @@ def test_algorithm_4_where_the_answer_is_known(recalling, monkeypatch, p):
     (vit, keys, memory), images, answers, used = recalling, torch.arange(6).byte(), randn(3, 6, 2), []
     inputs = vit, (THETAS[9], head(p.log().clamp(-99))), [*map(head, answers)], images, keys[:3], memory
     t_hat, logits = mts.mts_inference(*inputs)
-    assert t_hat.tolist() == [0, 0, 1, 2, 2, 0] and equal(logits, answers[t_hat, torch.arange(6)])
+    assert t_hat.tolist() == [0, 0, 1, 2, 2, 0]
+    assert_close(logits, answers[t_hat, torch.arange(6)], rtol=0, atol=0)
     assert equal(used[0][0], THETAS[9]) and used[0][1] == [*range(6)]
     for theta, pictures in used[1:]:
         assert {*t_hat[pictures].tolist()} == {t for t in range(3) if equal(theta, THETAS[t])}
