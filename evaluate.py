@@ -153,7 +153,8 @@ def plot(path, title, x_label, y_label, lines, ticks):
     for i, (name, line) in enumerate(lines.items()):
         colour = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000")[i % 6]
         points = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in enumerate(line))
-        shapes += [f'<polyline points="{points}" fill="none" stroke="{colour}"/>',
+        style = f'fill="none" stroke="{colour}" stroke-width="{max(4 - i, 1)}"'         # later lines on top
+        shapes += [f'<polyline points="{points}" {style}/>',
                    f'<text x="520" y="{60 + 20 * i}" fill="{colour}">{name}</text>']
     path.write_text('<svg xmlns="http://www.w3.org/2000/svg" width="740" height="330" font-size="13" '
                     'font-family="sans-serif">\n<rect width="100%" height="100%" fill="white"/>\n'
@@ -228,7 +229,7 @@ def probe(args, run):
     for figure, y_label in (("error", "recall error"), ("faa", "FAA in %")):
         full = {name: [row[figure] for row in rows if (row["memory"], row["stored"]) == (name, len(pairs))]
                 for name in args.memory}
-        plot(run / f"probe-{figure}.svg", "Recall from noisy keys", "noise", y_label, full, NOISE)
+        plot(run / f"probe-{figure}.svg", "Recall from noisy keys", "noise / rms of a key", y_label, full, NOISE)
 
 
 def main():
