@@ -33,7 +33,7 @@ def make_memory(text, dim):
         raise ValueError(f"there is no memory '{name}': choose one of {', '.join(MEMORIES)}")
     pairs = dict(option.partition("=")[::2] for option in options.split(",") if option)
     try:
-        values = {k: x if x.isalpha() and x.islower() else ast.literal_eval(x) for k, x in pairs.items()}
+        values = {k: x if x[:1].islower() else ast.literal_eval(x) for k, x in pairs.items()}
         return MEMORIES[name](dim, **values)
     except (TypeError, ValueError, SyntaxError) as error:
         raise ValueError(f"--memory {text}: {error}") from error
@@ -153,8 +153,7 @@ def plot(path, title, x_label, y_label, lines, ticks):
     for i, (name, line) in enumerate(lines.items()):
         colour = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000")[i % 6]
         points = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in enumerate(line))
-        style = f'fill="none" stroke="{colour}" stroke-width="{max(4 - i, 1)}"'         # later lines on top
-        shapes += [f'<polyline points="{points}" {style}/>',
+        shapes += [f'<polyline points="{points}" stroke="{colour}" stroke-width="{4 - i % 4}" fill="none"/>',
                    f'<text x="520" y="{60 + 20 * i}" fill="{colour}">{name}</text>']
     path.write_text('<svg xmlns="http://www.w3.org/2000/svg" width="740" height="330" font-size="13" '
                     'font-family="sans-serif">\n<rect width="100%" height="100%" fill="white"/>\n'
@@ -229,7 +228,7 @@ def probe(args, run):
     for figure, y_label in (("error", "recall error"), ("faa", "FAA in %")):
         full = {name: [row[figure] for row in rows if (row["memory"], row["stored"]) == (name, len(pairs))]
                 for name in args.memory}
-        plot(run / f"probe-{figure}.svg", "Recall from noisy keys", "noise / rms of a key", y_label, full, NOISE)
+        plot(run / f"probe-{figure}.svg", "Noisy keys", "noise / rms of a key", y_label, full, NOISE)
 
 
 def main():

@@ -892,6 +892,8 @@ def test_the_table_of_the_readme_is_that_of_the_files(line, figure, column, plac
     assert f"| `{line}` | {figure} | {' | '.join(ours)} |" in README
     assert f"| paper | {figure} | {' | '.join(papers)} |" in README
 
-def test_the_tables_in_results_are_those_of_the_files():
+def test_the_tables_in_results_are_those_of_the_files_and_the_readme_quotes_them():
     tables = command("evaluate.py", "--paper", *(HERE / "results").iterdir())
     assert (HERE / "results/README.md").read_text().strip() == tables.strip()
+    quoted = re.findall(r"^\| `hopfield` \| 0 \|.*|[\d.−]+ ± [\d.]+\d", README, re.M)
+    assert len(quoted) > 40 and all(text.replace("−", "-") in tables for text in quoted)
