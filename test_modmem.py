@@ -865,7 +865,7 @@ def test_the_commands_of_the_readme_are_understood():
 
 def test_what_the_readme_names_is_there():
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", README) if "://" not in link]
-    for path in [*links, *re.findall(r"\bresults/[\w./-]*\w", README)]:
+    for path in [*links, *re.findall(r"\bresults/[\w./=-]*\w", README)]:
         assert (HERE / path).exists(), path
 
 def test_the_words_of_the_readme_select_tests():
