@@ -876,8 +876,8 @@ def test_the_words_of_the_readme_select_tests():
 
 @pytest.mark.parametrize("line, figure, column, place", [
     ("til.py --memory hopfield", "FAA(M)", "faa", 1), ("til.py --memory bayespcn", "FAA(M)", "faa", 1),
-    ("til.py --memory bayespcn", "D(M)", "drop", 2), ("til.py --memory bayespcn:read=joint", "D(M)", "drop", 2),
-    ("mts.py", "Task Acc", "task_accuracy", 0), ("mts.py --predictor classes", "local", "faa_local", 2),
+    ("til.py --memory bayespcn:read=joint", "D(M)", "drop", 2), ("mts.py", "Task Acc", "task_accuracy", 0),
+    ("til.py --memory bayespcn", "D(M)", "drop", 2), ("mts.py --predictor classes", "local", "faa_local", 2),
     ("mts.py --predictor classes", "Task Acc", "task_accuracy", 0)])
 def test_the_table_of_the_readme_is_that_of_the_files(line, figure, column, place):
     ours, papers, setting = [], [], line[:3]
