@@ -193,8 +193,9 @@ def probe(args, run):
     """Recall error and FAA of a run, as memories fill up, then with noisy keys: RUN/probe.json, RUN/*.svg."""
     config, rows = data.read(run / "config.json"), []
     vit = substrate.load(config["backbone"], args.weights, config["image_size"])
-    if vit.digest != config["weights"]:
-        raise ValueError(f"{run} was made with other weights: give them with --weights")
+    made_with = vit.digest, data.digest(substrate), data.digest(lora)
+    if made_with != tuple(config.get(x) for x in ("weights", "code of vit.py", "code of lora.py")):
+        raise ValueError(f"{run} was made with other weights (see --weights), vit.py or lora.py")
     vit.to(args.device, torch.float32 if config["plain"] else torch.bfloat16)
     lora.add(vit, config["rank"], config["alpha"])
     train, test = data.load(config["dataset"], args.data_dir)
@@ -226,8 +227,7 @@ def probe(args, run):
                     measure(name, memory, noise, [key for key, _ in pairs[:n]])
     data.save(run / "probe.json", {"rows": rows})
     for figure, y_label in (("error", "recall error"), ("faa", "FAA in %")):
-        full = {name: [row[figure] for row in rows if (row["memory"], row["stored"]) == (name, len(pairs))]
-                for name in args.memory}
+        full = {m: [row[figure] for row in rows if row["memory"] == m][-len(NOISE):] for m in args.memory}
         plot(run / f"probe-{figure}.svg", "Noisy keys", "noise / rms of a key", y_label, full, NOISE)
 
 

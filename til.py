@@ -126,10 +126,10 @@ class Run:
             "code of data.py": data.digest(data.task, data.task_labels, data.generator)}
         self.config |= {f"code of {file.__name__}.py": data.digest(file) for file in (substrate, lora)}
         found = len([*self.folder.glob("adapters/*.pt")])
-        print(f"P = {len(lora.get(self.vit))}; {found} of {args.splits} tasks found in {self.folder}"
-              + ", not trained again" * (found > 0))
         if not found or self.find("config.json") is None:       # `find` refuses other options and other code
             data.save(self.folder / "config.json", self.config)
+        print(f"P = {len(lora.get(self.vit))}; {found} of {args.splits} tasks found in {self.folder}"
+              + ", not trained again" * (found > 0))
 
     def find(self, name, **more):
         """The content of a file of this run, or None. ValueError if other options or code made it."""
