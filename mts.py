@@ -7,6 +7,7 @@ is recalled and classifies, as in TIL. theta_0 is never written to the memory.
     python mts.py --dataset tinyimagenet --splits 50 --predictor classes
     python mts.py --predict picture.png                               # Algorithm 4 on one picture
 """
+import sys
 import time
 
 import torch
@@ -67,7 +68,7 @@ def learn_predictor(run, images, task_ids, labels):
     targets, n_outputs = (task_ids, T) if args.predictor == "tasks" else (n * task_ids + labels, n * T)
     epochs, batch_size = (5, 16) if args.dataset == "glyphs" else (10, 128)             # 10: paper, A.2
     made_with = {"predictor": args.predictor, "predictor_epochs": epochs, "predictor_batch_size": batch_size,
-                 "predictor_lr": LR, "code of mts.py": data.digest(learn_predictor, flips_and_crops)}
+                 "predictor_lr": LR, "code of mts.py": data.digest(sys.modules[learn_predictor.__module__])}
     classifier = til.Classifier(run.vit, n_outputs, args.plain)
     found = run.find(f"predictor{variant(args)}.pt", **made_with)
     if found is None:

@@ -122,7 +122,7 @@ class Run:
         self.config = {option: getattr(args, option) for option in options} | {
             "seed": seed, "class_order": self.tasks, "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY,
             "weights": self.vit.digest, "images": data.digest(train.images),
-            "code of til.py": data.digest(Classifier, flips, fit, Run.learn),
+            "code of til.py": data.digest(sys.modules[Run.__module__]),
             "code of data.py": data.digest(data.task, data.task_labels, data.generator)}
         self.config |= {f"code of {file.__name__}.py": data.digest(file) for file in (substrate, lora)}
         found = len([*self.folder.glob("adapters/*.pt")])

@@ -129,9 +129,10 @@ def prepare(images, vit, flip=None, crop=None):
 
 
 @torch.no_grad()
-def features(vit, images, batch=1000):
+def features(vit, images):
     """Class tokens (n, d), float32, on the ViT's device, of uint8 images (n, 3, h, w) on any device."""
-    return torch.cat([vit(prepare(x.to(vit.norm.bias.device), vit)).float() for x in images.split(batch)])
+    batches = images.split(250 if vit.norm.bias.is_cpu else 1000)           # what is fastest
+    return torch.cat([vit(prepare(x.to(vit.norm.bias.device), vit)).float() for x in batches])
 
 
 def load(name, weights=None, image_size=None):
@@ -196,8 +197,7 @@ def pretrain(model, train, epochs, device, batch_size=256):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.001, epochs * steps, pct_start=0.05)
     for epoch in range(1, epochs + 1):
         order = torch.randperm(len(images), device=device)
-        # 128 images share a draw of `augment`: a draw for each image would take most of the time.
-        augmented = torch.cat([augment(images[part]) for part in order.split(128)])
+        augmented = torch.cat([augment(images[part]) for part in order.split(128)])  # 128 share a draw: quick
         for batch in torch.randperm(len(images), device=device).split(batch_size)[:steps]:
             x, y = mix(prepare(augmented[batch], model[0]), labels[order[batch]])
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
