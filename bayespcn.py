@@ -56,7 +56,7 @@ class BayesPCN:
         R = self.R[0][:, :x0.shape[1]]
         whole = x0.shape[1] == self.dim
         G = self.G if whole and self.G is not None else R @ R.T         # O(H^2 |x0|)
-        if whole and self.count > 0:
+        if whole and self.count > 0:                                    # before, R may still be assigned
             self.G = G                                                  # `condition` keeps it up to date
         d = torch.tensor([d_0] + [self.hidden] * (self.layers - 2)).double()[:, None]       # (L-1, 1)
         return x0.square().sum(1), x0 @ R.T, torch.stack([G, *self.R[1:]]), torch.stack(self.U), d
