@@ -33,7 +33,8 @@ def make_memory(text, dim):
         raise ValueError(f"there is no memory '{name}': choose one of {', '.join(MEMORIES)}")
     pairs = dict(option.partition("=")[::2] for option in options.split(",") if option)
     try:
-        values = {k: x if x[:1].islower() else ast.literal_eval(x) for k, x in pairs.items()}
+        values = {option: x if x[:1].islower() and x not in ("true", "false") else ast.literal_eval(x)
+                  for option, x in pairs.items()}
         return MEMORIES[name](dim, **values)
     except (TypeError, ValueError, SyntaxError) as error:
         raise ValueError(f"--memory {text}: {error}") from error
@@ -182,8 +183,7 @@ def bench(args):
         print("{memory:20} T {T:3}  write {write_ms:6.1f} ms  read {read_ms:6.1f} ms  {MB:6.1f} MB  "
               "error {error:.4f}".format(**rows[-1]), flush=True)
     data.save(args.out, {"dim": args.dim, "rows": rows})
-    lines = {name: (E[:, 0] - E.min() + 0.01).log10().tolist() for name, E in energies.items()
-             if E is not None}
+    lines = {k: (E[:, 0] - E.min() + 0.01).log10().tolist() for k, E in energies.items() if E is not None}
     if lines:
         plot(args.out.with_suffix(".svg"), "The last descents of BayesPCN", "step", "log10(E - min E + 0.01)",
              lines, range(max(map(len, lines.values()))))

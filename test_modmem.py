@@ -775,7 +775,7 @@ def test_weights_that_do_not_fit_or_give_no_finite_loss_are_one_line(words, tmp_
     ("til.py --rank 0", "1 or more"), ("til.py --batch-size -1", "1 or more"),
     ("til.py --image-size -8", "1 or more"), ("evaluate.py nothing", "no results in nothing"),
     ("til.py --device cuda", "no GPU"), ("mts.py --predictor mine", "mine"), ("mts.py --task 1", "--task"),
-    ("evaluate.py probe no/such", "no/such"), ("evaluate.py bench --memory brain", "brain")])
+    ("evaluate.py probe no/such", "no/such"), ("evaluate.py bench --memory bayespcn:lr=false", "malf")])
 def test_mistakes_on_a_command_line_are_one_line(words, pets, monkeypatch, line, said):
     monkeypatch.chdir(HERE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
