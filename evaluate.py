@@ -101,7 +101,7 @@ def label(result):
     glyphs = result["dataset"] == "glyphs"
     usual = {"backbone": "vit_micro" if glyphs else "vit_ti_16", "rank": 8, "alpha": 8, "epochs": 3,
              "image_size": 32 if glyphs else substrate.CONFIGS[result["backbone"]].image_size,
-             "batch_size": 6 if glyphs else 64, "predictor": "tasks"}
+             "batch_size": 6 if glyphs else 64, "predictor": "tasks", "label_smoothing": 0}
     words = [f"--{name.replace('_', '-')} {result[name]}" for name, value in usual.items()
              if result.get(name, value) != value]
     words += ["--plain"] * (result.get("plain", False) and "CPU" not in result["device"])

@@ -67,8 +67,9 @@ def learn_predictor(run, images, task_ids, labels):
     args, T, n = run.args, len(run.tasks), len(run.tasks[0])
     targets, n_outputs = (task_ids, T) if args.predictor == "tasks" else (n * task_ids + labels, n * T)
     epochs, batch_size = (5, 16) if args.dataset == "glyphs" else (10, 128)             # 10: paper, A.2
-    made_with = {"predictor": args.predictor, "predictor_epochs": epochs, "predictor_batch_size": batch_size,
-                 "predictor_lr": LR, "code of mts.py": data.digest(sys.modules[learn_predictor.__module__])}
+    made_with = {"predictor": args.predictor, "label_smoothing": args.label_smoothing, "predictor_lr": LR,
+                 "predictor_epochs": epochs, "predictor_batch_size": batch_size,
+                 "code of mts.py": data.digest(sys.modules[learn_predictor.__module__])}
     classifier = til.Classifier(run.vit, n_outputs, args.plain)
     found = run.find(f"predictor{variant(args)}.pt", **made_with)
     if found is None:
@@ -83,7 +84,7 @@ def learn_predictor(run, images, task_ids, labels):
                   f"{(epochs - epoch) * seconds / epoch:.0f} s left", flush=True)
         til.fit(classifier.logits, [*lora.parameters(run.vit), *classifier.head.parameters()],
                 images.to(args.device), targets.to(args.device), epochs, batch_size, generator, LR,
-                flips_and_crops, report)
+                flips_and_crops, args.label_smoothing, report)
         found = {"theta": lora.get(run.vit).cpu(), "head": classifier.head.state_dict(),
                  "images_per_second": epochs * len(targets) / (time.perf_counter() - start)}
         run.save(f"predictor{variant(args)}.pt", found, **made_with)
@@ -112,9 +113,9 @@ def results(run):
     faa = {name: evaluate.faa(evaluate.per_task(hits[name], task_ids)) for name in ("gt", "local", "strict")}
     return evaluate.write_result(
         run, "mts", hits, task_ids, errors, start, variant(run.args), predictor=run.args.predictor,
-        images_per_second=data.read(run.folder / f"predictor{variant(run.args)}.pt")["images_per_second"],
-        task_accuracy=100 * hits["task"].double().mean().item(), faa_local=faa["local"],
-        faa_strict=faa["strict"], drop=faa["gt"] - faa["local"])
+        label_smoothing=run.args.label_smoothing, task_accuracy=100 * hits["task"].double().mean().item(),
+        faa_local=faa["local"], faa_strict=faa["strict"], drop=faa["gt"] - faa["local"],
+        images_per_second=data.read(run.folder / f"predictor{variant(run.args)}.pt")["images_per_second"])
 
 
 def predict(run):
@@ -132,4 +133,5 @@ if __name__ == "__main__":
         parser = til.options(__doc__)
         parser.add_argument("--predictor", choices=("tasks", "classes"), default="tasks",
                             help="what it learns: the task, as in the paper, or the class (default: tasks)")
+        parser.add_argument("--label-smoothing", type=float, default=0, help="of the predictor's loss")
         til.main(parser.parse_args(), results, predict)

@@ -77,11 +77,12 @@ def flips(n, generator):
     return (torch.rand(n, generator=generator) < 0.5,)
 
 
-def fit(logits, parameters, x, y, epochs, batch_size, generator, lr=LR, views=flips, report=lambda *_: None):
+def fit(logits, parameters, x, y, epochs, batch_size, generator, lr=LR, views=flips, smoothing=0.0,
+        report=lambda *_: None):
     """Trains the parameters so that logits(x, *view) predict the labels y (n,) of the items x (n, ..).
 
-    AdamW with a cosine decay of the learning rate. views(n, generator) draws how the items are seen in an
-    epoch. Calls report(epoch, loss, accuracy in percent) after each epoch, and returns the last two.
+    AdamW with a cosine decay of its rate. views(n, generator) draws how the items are seen in an epoch;
+    smoothing: of the labels. Calls report(epoch, loss, accuracy in percent) after each; returns the last two.
     """
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=WEIGHT_DECAY, fused=True)
     steps = epochs * math.ceil(len(y) / batch_size)
@@ -92,7 +93,7 @@ def fit(logits, parameters, x, y, epochs, batch_size, generator, lr=LR, views=fl
         view = [part.to(y.device).split(batch_size) for part in views(len(y), generator)]
         for batch, *seen in zip(order.split(batch_size), *view):
             output = logits(x[batch], *seen)                    # (B, n_classes)
-            loss = nn.functional.cross_entropy(output, y[batch])
+            loss = nn.functional.cross_entropy(output, y[batch], label_smoothing=smoothing)
             loss.backward()
             optimizer.step()
             schedule.step()
