@@ -463,14 +463,14 @@ def test_a_file_is_whole_or_not_there_and_damage_is_named(tmp_path, monkeypatch)
 def test_fit_is_adamw_with_cosine_decay():
     x, y, ours, theirs = randn(20, 3), torch.arange(20) % 2, nn.Linear(3, 2), nn.Linear(3, 2)
     theirs.load_state_dict(ours.state_dict())
-    loss, _ = til.fit(lambda x, flip: ours(x), ours.parameters(), x, y, 4, 8, data.generator(3))
+    loss, _ = til.fit(lambda x, _: ours(x), ours.parameters(), x, y, 4, 8, data.generator(3), smoothing=0.2)
     generator, adamw = data.generator(3), torch.optim.AdamW(theirs.parameters(), 0.005, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, 12, eta_min=0.0001)
     for epoch in range(4):
         order, losses = torch.randperm(20, generator=generator), []
         torch.rand(20, generator=generator)      # the flips
         for batch in order.split(8):
-            each = F.cross_entropy(theirs(x[batch]), y[batch], reduction="none")
+            each = -((0.8 * F.one_hot(y[batch], 2) + 0.1) * theirs(x[batch]).log_softmax(1)).sum(1)
             losses += each.tolist()
             adamw.zero_grad()
             each.mean().backward()
@@ -658,8 +658,8 @@ def test_a_run_with_other_options_weights_or_images_is_refused(words, pets, tmp_
     shutil.copytree(pets, mine)
     shutil.copy(mine / "train/pet1/0.png", mine / "train/pet0/0.png")
     for option, *value in (("epochs", 2), ("image_size", 24), ("weights", weights), ("validate",),
-                           ("data_dir", mine)):
-        line = refused("til.py", *words, "--" + option.replace("_", "-"), *value)
+                           ("data_dir", mine), ("label_smoothing", 0.1)):
+        line = refused("mts.py", *words, "--" + option.replace("_", "-"), *value)
         assert {"data_dir": "images"}.get(option, option) in line and RUN in line and "--out" in line
     line = refused("evaluate.py", "probe", tmp_path / RUN, *PETS[-3:], pets, "--weights", weights)
     assert "other weights" in line
@@ -836,8 +836,8 @@ def test_a_row_of_a_table_names_the_command_that_gave_it(finished):
     for result in [*map(data.read, files), *(RESULT | change for change in changes)]:
         words = ["--dataset", result["dataset"], "--splits", result["splits"], "--memory"]
         args = understood(f"{result['setting']}.py", words + evaluate.label(result).split())
-        for name in ("memory", "rank", "alpha", "epochs", "validate", "predictor"):
-            assert getattr(args, name, None) == result.get(name), (name, result)
+        for name in ("memory", "rank", "alpha", "epochs", "validate", "predictor", "label_smoothing"):
+            assert (getattr(args, name, 0) or 0) == (result.get(name) or 0), (name, result)
         for name in ("backbone", "image_size", "batch_size"):   # None: what is usual for the data set
             assert getattr(args, name) in (None, result[name]), (name, result)
         assert args.plain == result["plain"] or "CPU" in result["device"]       # where it changes nothing
