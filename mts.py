@@ -67,8 +67,7 @@ def learn_predictor(run, images, task_ids, labels):
     args, T, n = run.args, len(run.tasks), len(run.tasks[0])
     targets, n_outputs = (task_ids, T) if args.predictor == "tasks" else (n * task_ids + labels, n * T)
     epochs, batch_size = (5, 16) if args.dataset == "glyphs" else (10, 128)             # 10: paper, A.2
-    made_with = {"predictor": args.predictor, "label_smoothing": args.label_smoothing, "predictor_lr": LR,
-                 "predictor_epochs": epochs, "predictor_batch_size": batch_size,
+    made_with = {"predictor": args.predictor, "label_smoothing": args.label_smoothing,
                  "code of mts.py": data.digest(sys.modules[learn_predictor.__module__])}
     classifier = til.Classifier(run.vit, n_outputs, args.plain)
     found = run.find(f"predictor{variant(args)}.pt", **made_with)
@@ -133,5 +132,5 @@ if __name__ == "__main__":
         parser = til.options(__doc__)
         parser.add_argument("--predictor", choices=("tasks", "classes"), default="tasks",
                             help="what it learns: the task, as in the paper, or the class (default: tasks)")
-        parser.add_argument("--label-smoothing", type=float, default=0, help="of the predictor's loss")
+        parser.add_argument("--label-smoothing", type=float, default=0, help="of the predictor (default: 0)")
         til.main(parser.parse_args(), results, predict)
