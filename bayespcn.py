@@ -17,7 +17,7 @@ and the energy is (d_0 = P, and d_l = H above)
 write   x^0 is theta. Descend E over the hidden layers, then update every W_l by Bayes' rule.
 read    Only the key, the first |k| columns of x^0, is known. Descend E, then predict the others by z R_0.
         joint      (Yoo & Wood's way) minimises over the unknown columns, too: then they fit perfectly, but
-                   d_0 = P still counts them. So v_0, and theta, come out too small.
+                   d_0 = P still counts them. So v_0, and theta, come out much too small.
         marginal   (ours, the default) integrates the unknown columns out: d_0 = |k|.
 """
 import math

@@ -85,14 +85,14 @@ COLUMNS = {
     "til": {"faa_gt": "FAA_GT", "faa": "FAA(M)", "drop": "D(M)", "recall_error": "error"},
     "mts": {"task_accuracy": "Task Acc", "faa_gt": "FAA_GT", "faa_local": "local", "drop": "D(M)",
             "faa_strict": "strict"}}
-PAPER = data.read(Path(__file__).parent / "results/paper.json")      # the first columns of Tables 1 and A1
+PAPER = data.read(Path(__file__).parent / "results/paper.json")      # Tables 1 and A1, as our first columns
 LEGEND = """
 In percent: FAA_GT, the final average accuracy over the tasks, with the modulations as trained; FAA(M), with
 those that the memory M recalls; D(M) = FAA_GT - FAA(M). error: |theta_hat - theta| / |theta| without the key.
 Controls: a head trained alone on the bare substrate (linear); the task's head with the mean of all
 modulations, with the wrong one (of the task before) and with none. For mts, Task Acc: images whose task is
-predicted right; local: FAA where the label within the task is right, as the paper counts; strict: where the
-task is right, too. There, D(M) = FAA_GT - local, and the controls are local.
+predicted right; local: FAA where the label within the task is right (so, it seems, in the paper); strict:
+where the task is right, too. There, D(M) = FAA_GT - local, and the controls are local.
 """
 
 

@@ -654,7 +654,7 @@ def test_a_run_with_other_options_weights_or_images_is_refused(words, pets, tmp_
     before, weights, mine = times(tmp_path), shutil.copy(WEIGHTS, tmp_path / WEIGHTS.name), tmp_path / "pets"
     assert "4 of 4 tasks found" in command("til.py", *words, "--weights", weights)
     state = torch.load(WEIGHTS, weights_only=True)
-    data.save(weights, state | {"blocks.0.fc1.bias": state["blocks.0.fc1.bias"] + 1})
+    data.save(weights, state | {"norm.bias": state["norm.bias"] + 1})
     shutil.copytree(pets, mine)
     shutil.copy(mine / "train/pet1/0.png", mine / "train/pet0/0.png")
     for option, *value in (("epochs", 2), ("image_size", 24), ("weights", weights), ("validate",),

@@ -34,7 +34,7 @@ def til_training(tasks, train, memory, learn):
     for t, classes in enumerate(tasks, 1):                      # 3
         images, labels = data.task(train, classes)              # 4: D_t, and nothing of other tasks
         theta = learn(t, images, labels)                        # 5, 6: random, then trained by AdamW
-        key, value = lora.split_key(theta)                      # 7: k_t, and the rest
+        key, value = lora.split_key(theta)                      # 7: k_t, in A.1 v_t; and the rest
         keys.append(key)                                        # 8
         memory.write(key, value)                                # 9
     return memory, keys                                         # 11
@@ -66,7 +66,7 @@ class Classifier(nn.Module):
             return self(*inputs)
         size = len(inputs[0])                                   # of the batch; one graph for each
         if size not in self.graphs:
-            wrapper = nn.ModuleList([self])                     # its forward will be replaced, not ours
+            wrapper = nn.ModuleList([self])                     # the graph replaces its forward, not ours
             wrapper.forward, sample = self.forward, tuple(x.clone() for x in inputs)
             self.graphs[size] = torch.cuda.make_graphed_callables(wrapper, sample)
         return self.graphs[size](*inputs)

@@ -117,7 +117,7 @@ def prepare(images, vit, flip=None, crop=None):
     x, size = images.float() / 255, (vit.image_size, vit.image_size)
     if flip is not None:
         x = torch.where(flip[:, None, None, None], x.flip(-1), x)
-    if x.shape[-2:] != size and (crop is None or x.shape[-1] > size[1]):    # grid_sample has no antialias
+    if x.shape[-2:] != size and (crop is None or x.shape[-1] > size[1]):    # no antialias in grid_sample
         x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
     if crop is not None:
         side, centre = crop[:, :1, None], crop[:, 1:, None]                 # (B, 1, 1), (B, 2, 1)
@@ -154,7 +154,7 @@ def load(name, weights=None, image_size=None):
         vit.load_state_dict(state)
     except (RuntimeError, KeyError) as error:       # it names the weights that do not fit
         raise ValueError(f"{path} does not fit {name}: {textwrap.shorten(str(error), 400)}") from None
-    vit.digest = data.digest(nn.utils.parameters_to_vector(vit.blocks.parameters()))   # tells weights apart
+    vit.digest = data.digest(torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8))
     return vit.requires_grad_(False).eval()
 
 
