@@ -130,7 +130,7 @@ def draw_class(label, half, n):
 
 
 def random_strokes(rng, n):
-    """n segments (n, 2, 2) between two points of a 4 x 4 grid in [-0.75, 0.75]^2."""
+    """n segments (n, 2, 2), [segment, end, xy], between two points of a 4 x 4 grid in [-0.75, 0.75]^2."""
     ends = np.array([rng.choice(16, 2, replace=False) for _ in range(n)])
     return (np.stack([ends % 4, ends // 4], -1) * 0.5 - 0.75).astype(np.float32)
 

@@ -87,12 +87,12 @@ COLUMNS = {
             "faa_strict": "strict"}}
 PAPER = data.read(Path(__file__).parent / "results/paper.json")      # Tables 1 and A1, as our first columns
 LEGEND = """
-In percent: FAA_GT, the final average accuracy over the tasks, with the modulations as trained; FAA(M), with
-those that the memory M recalls; D(M) = FAA_GT - FAA(M). error: |theta_hat - theta| / |theta| without the key.
-Controls: a head trained alone on the bare substrate (linear); the task's head with the mean of all
-modulations, with the wrong one (of the task before) and with none. For mts, Task Acc: images whose task is
-predicted right; local: FAA where the label within the task is right (so, it seems, in the paper); strict:
-where the task is right, too. There, D(M) = FAA_GT - local, and the controls are local.
+In percent. FAA_GT: final average accuracy over the tasks, with the modulations as trained; FAA(M): as the
+memory M recalls them; D(M) = FAA_GT - FAA(M). error: |theta_hat - theta| / |theta| without the key. Controls:
+a head trained alone on the bare substrate (linear); the task's head with the mean of all modulations, with
+the wrong one (of the task before), with none. Task Acc: images whose task is predicted right; local: FAA if
+the label within the task is right (so, it seems, in the paper); strict: if the task is right, too. For mts,
+D(M) = FAA_GT - local, controls are local. Usual: vit_ti_16, 224 px; glyphs: vit_micro, 32 px; DINOv2: 112 px.
 """
 
 

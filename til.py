@@ -1,6 +1,6 @@
 """Task-incremental learning (TIL), Algorithms 1 and 2 of the paper (A.1): the task is known at inference.
 
-    python til.py                                                     # glyphs: under a minute on a CPU
+    python til.py                                                     # glyphs: half a minute on a CPU
     python til.py --dataset cifar100 --splits 20 --memory hopfield    # the paper's C100-20S, on a GPU
     python til.py --predict picture.png --task 3                      # Algorithm 2 on one picture
 
