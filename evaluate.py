@@ -92,7 +92,7 @@ memory M recalls them; D(M) = FAA_GT - FAA(M). error: |theta_hat - theta| / |the
 a head trained alone on the bare substrate (linear); the task's head with the mean of all modulations, with
 the wrong one (of the task before), with none. Task Acc: images whose task is predicted right; local: FAA if
 the label within the task is right (so, it seems, in the paper); strict: if the task is right, too. For mts,
-D(M) = FAA_GT - local, controls are local. Usual: vit_ti_16, 224 px; glyphs: vit_micro, 32 px; DINOv2: 112 px.
+D(M) = FAA_GT - local, controls are local. Default: vit_ti_16, 224 px; DINOv2 112 px; glyphs vit_micro, 32 px.
 """
 
 
