@@ -1,23 +1,29 @@
-"""BayesPCN: an associative memory that writes by Bayesian regression and reads by descending an energy.
+"""BayesPCN: an associative memory that writes by Bayesian regression, and reads by descent.
 
-Yoo & Wood, "BayesPCN: A Continually Learnable Predictive Coding Associative Memory" (NeurIPS 2022, arXiv
-2205.09930), with one particle. There are L layers of activations: x^0 = theta (P wide), and the hidden
-x^1 .. x^(L-1) (H wide). Each layer predicts the one below it from z = GELU(x), a row vector. The weights W_l
-are random, too:
+Yoo & Wood, "BayesPCN: A Continually Learnable Predictive Coding Associative Memory" (NeurIPS 2022,
+arXiv 2205.09930), with one particle. There are L layers of activations: x^0 = theta (P wide), and
+the hidden x^1 .. x^(L-1) (H wide). Each layer predicts the one below it from z = GELU(x), a row
+vector. The weights W_l of the prediction are random, too:
 
     x^l | x^(l+1) ~ N(z W_l, s2 I),  W_l ~ MatrixNormal(R_l, U_l, I)    for l = 0 .. L-2
     x^(L-1)       ~ N(w, s2 I),      w ~ N(r, u I)                      at the top
 
-The memory stores (R, U, r, u). With the weights integrated out, x^l ~ N(z R_l, v_l I), v_l = s2 + z U_l z^T,
-and the energy is (d_0 = P, and d_l = H above)
+The memory is what it believes about the weights: their means R_l (H, d_l) and r (H,), and their
+variances U_l (H, H), between rows, and u. With the weights integrated out,
+
+    x^l ~ N(z R_l, v_l I)  with v_l = s2 + z U_l z^T,   x^(L-1) ~ N(r, v I)  with v = s2 + u
+
+and the energy is, with d_0 = P and d_l = H above,
 
     E = -log p = 1/2 sum_l [ |x^l - z R_l|^2 / v_l + d_l log(2 pi v_l) ]
-               + 1/2 [ |x^(L-1) - r|^2 / (s2 + u) + H log(2 pi (s2 + u)) ]
+               + 1/2 [ |x^(L-1) - r|^2 / v + H log(2 pi v) ]
 
 write   x^0 is theta. Descend E over the hidden layers, then update every W_l by Bayes' rule.
-read    Only the key, the first |k| columns of x^0, is known. Descend E, then predict the others by z R_0.
-        joint      (Yoo & Wood's way) minimises over the unknown columns, too: then they fit perfectly, but
-                   d_0 = P still counts them. So v_0, and theta, come out much too small.
+read    Only the key, the first |k| columns of x^0, is known. Descend E over the hidden layers, then
+        predict the other columns by z R_0.
+        joint      (Yoo & Wood's way) minimises over the unknown columns, too. They then equal their
+                   prediction and add nothing to the error, but d_0 = P still counts them. So v_0,
+                   and with it theta, comes out too small.
         marginal   (ours, the default) integrates the unknown columns out: d_0 = |k|.
 """
 import math
@@ -26,135 +32,169 @@ import torch
 from torch.nn.functional import gelu
 
 
-class BayesPCN:
-    """A memory for about `hidden` vectors theta of `dim` elements, in float64 on the CPU. sigma_obs is
-    sqrt(s2); sigma_prior is sqrt(u) at first. A descent takes at most `steps` steps of Adam with learning
-    rate `lr`. After it, `trace` (steps, n) holds E at each step."""
+def minus_log_normal(error, v, d):
+    """-log N(x; m, v I) for x and m with d elements, where error = |x - m|^2."""
+    return (error / v + d * torch.log(2 * math.pi * v)) / 2
 
-    def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01, steps=500,
-                 read="marginal", seed=0):
-        if read not in ("marginal", "joint") or min(hidden, layers - 1, steps) < 1:
-            raise ValueError("read is marginal or joint; hidden, steps are at least 1, layers at least 2")
-        self.dim, self.hidden, self.layers, self.seed = dim, hidden, layers, seed
-        self.s2, self.u_prior = sigma_obs ** 2, sigma_prior ** 2
-        self.lr, self.steps, self.read_mode, self.trace = float(lr), int(steps), read, None
-        self.R = [self.noise(l, hidden, hidden if l else dim) for l in range(layers - 1)]   # (H, d_l)
-        self.U = [self.u_prior * torch.eye(hidden).double() for _ in self.R]                # (H, H)
-        self.r, self.u = self.noise(layers - 1, 1, hidden)[0], self.u_prior                 # (H,), a number
-        self.count, self.G = 0, None                                    # of writes; R_0 R_0^T, if it is known
+
+class BayesPCN:
+    """A memory for about `hidden` vectors theta of `dim` elements, in float64 on the CPU.
+
+    sigma_obs is sqrt(s2), and sigma_prior is sqrt(u) before the first write. A descent takes at
+    most `steps` steps of Adam with learning rate `lr`. After it, `trace` lists E at each step.
+    """
+
+    def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01,
+                 steps=500, read="marginal", seed=0):
+        if read not in ("marginal", "joint"):
+            raise ValueError(f"read is marginal or joint, not {read}")
+        if min(hidden, steps, layers - 1) < 1:
+            raise ValueError("hidden and steps are 1 or more, and layers 2 or more")
+        self.dim = dim
+        self.hidden = hidden
+        self.layers = layers
+        self.lr = float(lr)
+        self.steps = int(steps)
+        self.read_mode = read
+        self.seed = seed
+        self.s2 = sigma_obs ** 2
+        # The prior: before the first write, a unit z predicts noise of variance 1 / width.
+        self.u = self.u_prior = sigma_prior ** 2
+        self.U_prior = self.u_prior * torch.eye(hidden, dtype=torch.float64)
+        widths = [dim] + [hidden] * (layers - 2)                    # d_l
+        self.R = [self.noise(l, hidden, d) for l, d in enumerate(widths)]       # (H, d_l)
+        self.U = [self.U_prior.clone() for _ in widths]                         # (H, H)
+        self.r = self.noise(layers - 1, 1, hidden)[0]                           # (H,)
+        self.n_written = 0
 
     def noise(self, stream, rows, width):
-        """Noise of variance 1 / width. stream: l: the prior of layer l; L: reads; L + 1 + t: write t."""
-        generator = torch.Generator().manual_seed(100_003 * self.seed + stream)
-        return (torch.randn(rows, width, generator=generator) / math.sqrt(width)).double()
+        """Noise (rows, width) of variance 1 / width, the same for the same stream.
 
-    def observe(self, x0, d_0):
-        """What `energy` needs to know about x0 (n, |x0|), the first columns of x^0, and all R, U and d.
-        With R for these columns of R_0, |x0 - z R|^2 = x0 x0^T - 2 z c^T + z G z^T, where c = x0 R^T (n, H)
-        and G = R R^T (H, H). Computed once, they make a step of the descent O(H^2) instead of O(H P).
+        stream: l for the prior of layer l, L for reads, L + 1 + t for write t.
         """
-        R = self.R[0][:, :x0.shape[1]]
-        whole = x0.shape[1] == self.dim
-        G = self.G if whole and self.G is not None else R @ R.T         # O(H^2 |x0|)
-        if whole and self.count > 0:                                    # before, R may still be assigned
-            self.G = G                                                  # `condition` keeps it up to date
-        d = torch.tensor([d_0] + [self.hidden] * (self.layers - 2)).double()[:, None]       # (L-1, 1)
-        return x0.square().sum(1), x0 @ R.T, torch.stack([G, *self.R[1:]]), torch.stack(self.U), d
+        generator = torch.Generator().manual_seed(100_003 * self.seed + stream)
+        x = torch.randn(rows, width, generator=generator)
+        return x.double() / math.sqrt(width)
 
-    def energy(self, x, observed):
-        """E (n,) at the hidden activations x (L-1, n, H). x[l] is x^(l+1), which predicts layer l."""
-        x0_x0, c, GR, U, d = observed                                   # GR = [G, R_1, .., R_(L-2)]
-        z = gelu(x)                                                     # (L-1, n, H)
-        v = self.s2 + ((z @ U) * z).sum(-1)                             # v_l = s2 + z U_l z^T  (L-1, n)
-        zGR = z @ GR                                                    # z G, z R_1, ..  (L-1, n, H)
-        bottom = x0_x0 + ((zGR[0] - 2 * c) * z[0]).sum(-1)              # |x^0 - z R_0|^2  (n,)
-        above = (x[:-1] - zGR[1:]).square().sum(-1)                     # |x^l - z R_l|^2  (L-2, n)
-        squared, v_top = torch.cat([bottom[None], above]), self.s2 + self.u                 # (L-1, n)
-        top = (x[-1] - self.r).square().sum(-1) / v_top + self.hidden * math.log(2 * math.pi * v_top)
-        return ((squared / v + d * torch.log(2 * math.pi * v)).sum(0) + top) / 2
+    # ---- the energy, and its descent -----------------------------------------------------------
+    def squared_error(self, x0):
+        """The function z -> |x0 - z R|^2, for x0 (m,), and R the first m columns of R_0.
 
-    @torch.enable_grad()                                                # inference turns gradients off
-    def descend(self, stream, observed):
-        """Hidden activations (L-1, n, H) after Adam on E, from the same noise for every row. A row
-        stops for good once its E changes by less than 1e-3, so that it does not depend on the other rows."""
-        n, threads = len(observed[0]), torch.get_num_threads()
-        x = self.noise(stream, self.layers - 1, self.hidden)[:, None].repeat(1, n, 1)
-        mean, square, moving, trace = 0 * x, 0 * x, torch.ones(n, 1).double(), []
-        torch.set_num_threads(1)                        # small matrices, and others may use the other cores
-        for i in range(1, self.steps + 1):
-            E = self.energy(x.requires_grad_(), observed)
-            gradient, = torch.autograd.grad(E.sum(), x)
-            trace.append(E.detach())
-            if i > 1:
-                moving = moving * ((trace[-1] - trace[-2]).abs() >= 1e-3)[:, None]
-            if not moving.any():
+        Multiplied out, it is x0 x0^T - 2 z R x0^T + z (R R^T) z^T. With R x0^T (H,) and R R^T
+        (H, H) computed once, a step of a descent costs O(H^2) instead of O(H m).
+        """
+        R = self.R[0][:, :len(x0)]
+        x0_x0 = x0 @ x0
+        R_x0 = R @ x0
+        R_R = R @ R.T
+        return lambda z: x0_x0 - 2 * z @ R_x0 + z @ R_R @ z
+
+    def energy(self, x, error_0, d_0):
+        """E at the activations x = [x^0, x^1, ..], each a vector.
+
+        error_0(z) is |x^0 - z R_0|^2, over the d_0 columns of x^0 that count.
+        """
+        E = 0
+        for l in range(self.layers - 1):                            # x^(l+1) predicts x^l
+            z = gelu(x[l + 1])
+            v = self.s2 + z @ self.U[l] @ z
+            if l == 0:
+                E = E + minus_log_normal(error_0(z), v, d_0)
+            else:
+                error = (x[l] - z @ self.R[l]).square().sum()
+                E = E + minus_log_normal(error, v, self.hidden)
+        v = x[-1].new_tensor(self.s2 + self.u)                      # at the top
+        error = (x[-1] - self.r).square().sum()
+        return E + minus_log_normal(error, v, self.hidden)
+
+    @torch.enable_grad()                    # those who classify have turned gradients off
+    def descend(self, x0, d_0, stream):
+        """The hidden activations (L-1, H) that explain x0, by Adam on E from noise."""
+        hidden = self.noise(stream, self.layers - 1, self.hidden).requires_grad_()
+        error_0 = self.squared_error(x0)
+        adam = torch.optim.Adam([hidden], self.lr)
+        # At a constant rate, E ends on a noisy plateau. It settles as the rate falls.
+        schedule = torch.optim.lr_scheduler.LambdaLR(adam, self.decay)
+        self.trace = []
+        # The matrices are small: more threads gain nothing, and wait long for cores that are busy.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        for step in range(self.steps):
+            E = self.energy([x0, *hidden], error_0, d_0)
+            E.backward()                    # with respect to the activations, not to the weights
+            self.trace.append(E.item())
+            if step > 0 and abs(self.trace[-1] - self.trace[-2]) < 1e-3:
                 break
-            mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient * gradient
-            lr = self.lr * min(1, (1 - (i - 1) / self.steps) / 0.7)     # falls after 30 %, so that E settles
-            step = (mean / (1 - 0.9 ** i)) / ((square / (1 - 0.999 ** i)).sqrt() + 1e-8)
-            x = x.detach() - moving * lr * step
+            adam.step()
+            schedule.step()
+            adam.zero_grad()
         torch.set_num_threads(threads)
-        self.trace = torch.stack(trace)
-        return x.detach()
+        return hidden.detach()
 
+    def decay(self, step):
+        """The factor of the learning rate: 1 for 30 % of the steps, then a straight line to 0."""
+        return min(1, (1 - step / self.steps) / 0.7)
+
+    # ---- the memory ----------------------------------------------------------------------------
     def write(self, key, value):
         """Stores theta = key (+) value, two vectors with `dim` elements together."""
-        theta = torch.cat([key, value]).double()[None]                  # (1, P)
-        hidden = self.descend(self.layers + 1 + self.count, self.observe(theta, self.dim))
-        self.condition([theta, *hidden])
+        theta = torch.cat([key, value]).double()                    # (P,)
+        hidden = self.descend(theta, self.dim, stream=self.layers + 1 + self.n_written)
+        # Only now are the weights updated: during the descent, the memory does not change.
+        self.condition([theta[None], *hidden[:, None]])
 
     def read(self, key):
-        """theta_hat (dim,) for a key (|k|,), or (n, dim) for keys (n, |k|). ValueError if it is empty."""
-        if self.count == 0:
+        """theta_hat (dim,) for a key (|k|,), or (n, dim) for keys (n, |k|)."""
+        if self.n_written == 0:
             raise ValueError("the memory is empty: write to it first")
-        k = key.reshape(-1, key.shape[-1]).double()                     # (n, |k|)
-        d_0 = self.dim if self.read_mode == "joint" else k.shape[1]
-        z = gelu(self.descend(self.layers, self.observe(k, d_0))[0])    # (n, H)
-        value = z @ self.R[0][:, k.shape[1]:]                           # (n, P - |k|)
-        return torch.cat([key, value.to(key.dtype).reshape(*key.shape[:-1], -1)], dim=-1)
+        if key.dim() > 1:
+            return torch.stack([self.read(k) for k in key])
+        n = len(key)
+        d_0 = n if self.read_mode == "marginal" else self.dim
+        hidden = self.descend(key.double(), d_0, stream=self.layers)
+        value = gelu(hidden[0]) @ self.R[0][:, n:]                  # z R_0, the unknown columns
+        return torch.cat([key, value.to(key.dtype)])
 
     def condition(self, activations):
-        """Bayes' rule with given activations [x0 (n, P), x1 (n, H), ..], row after row."""
-        if self.count == 0:
-            self.prior = [R.clone() for R in (*self.R, self.r)]         # for `forget`
-        for x in zip(*(layer.double() for layer in activations)):       # x^0 (P,), x^1 (H,), ..
-            for l, (R, U) in enumerate(zip(self.R, self.U)):            # layer l learns to map z to x^l
-                z = gelu(x[l + 1])
-                error = x[l] - z @ R                                    # (d_l,)
-                gain = U @ z / (self.s2 + z @ U @ z)                    # U z^T / v_l  (H,)
-                if l == 0 and self.G is not None:                       # (R + gain error) (R + gain error)^T
-                    cross = torch.outer(gain, R @ error)
-                    self.G = self.G + cross + cross.T + error @ error * torch.outer(gain, gain)
-                R.addr_(gain, error)                                    # R <- R + gain (x^l - z R)
-                U.sub_(torch.outer(gain, z @ U))                        # U <- U - gain z U
-            u = 1 / (1 / self.u + 1 / self.s2)
-            self.r, self.u, self.count = u * (self.r / self.u + x[-1] / self.s2), u, self.count + 1
+        """Bayes' rule with the activations [x0 (n, P), x1 (n, H), ..], row after row."""
+        if self.n_written == 0:
+            self.R_prior = [R.clone() for R in self.R]              # for `forget`
+            self.r_prior = self.r.clone()
+        for row in zip(*activations):
+            x = [layer.double() for layer in row]                   # x^0 (P,), x^1 (H,), ..
+            for l in range(self.layers - 1):
+                self.regress(l, gelu(x[l + 1]), x[l])
+            u = 1 / (1 / self.u + 1 / self.s2)                      # precisions add up
+            self.r = u * (self.r / self.u + x[-1] / self.s2)
+            self.u = u
+            self.n_written += 1
+
+    def regress(self, l, z, y):
+        """Bayesian linear regression: layer l learns that z (H,) goes with y = x^l (d_l,)."""
+        R = self.R[l]
+        U = self.U[l]
+        Uz = U @ z                                                  # U z^T  (H,)
+        K = Uz / (self.s2 + z @ Uz)                                 # U z^T / v_l  (H,)
+        R.addr_(K, y - z @ R)                                       # R <- R + K (y - z R)
+        U.addr_(K, Uz, alpha=-1)                                    # U <- U - K z U, U symmetric
 
     def forget(self, strength):
-        """Moves the posterior towards the prior: strength 0 keeps everything, 1 forgets everything."""
-        if self.count > 0:
-            keep = math.sqrt(1 - strength)
-            *self.R, self.r = [keep * R + (1 - keep) * R_0 for R, R_0 in zip((*self.R, self.r), self.prior)]
-            prior = self.u_prior * torch.eye(self.hidden).double()
-            self.U = [(1 - strength) * U + strength * prior for U in self.U]
-            self.u, self.G = (1 - strength) * self.u + strength * self.u_prior, None
+        """Moves the posterior towards the prior: strength 0 keeps everything, 1 forgets all."""
+        if self.n_written == 0:
+            return
+        keep = math.sqrt(1 - strength)
+        self.R = [keep * R + (1 - keep) * R_0 for R, R_0 in zip(self.R, self.R_prior)]
+        self.U = [(1 - strength) * U + strength * self.U_prior for U in self.U]
+        self.r = keep * self.r + (1 - keep) * self.r_prior
+        self.u = (1 - strength) * self.u + strength * self.u_prior
 
     def log_joint(self, activations):
-        """log p (n,) of each row of [x0 (n, P), x1 (n, H), ..] by itself, with the weights integrated out."""
-        x0, *x = (layer.double() for layer in activations)
-        return -self.energy(torch.stack(x), self.observe(x0, self.dim))
-
-    def state_dict(self):
-        """The posterior, as tensors and numbers."""
-        return {name: getattr(self, name) for name in ("R", "U", "r", "u", "count", "G")}
-
-    def load_state_dict(self, state):
-        """Restores what `state_dict` returned, in a new memory with the same arguments."""
-        self.prior = [*self.R, self.r]
-        for name, value in state.items():
-            setattr(self, name, value)
+        """log p (n,) of the rows of [x0 (n, P), x1 (n, H), ..], each by itself."""
+        rows = zip(*(layer.double() for layer in activations))
+        E = [self.energy(x, self.squared_error(x[0]), self.dim) for x in rows]
+        return -torch.stack(E)
 
     @property
     def nbytes(self):
-        """Size of R, U and r in bytes; G can be computed from R."""
+        """Size of R, U and r in bytes."""
         return sum(x.nbytes for x in (*self.R, *self.U, self.r))

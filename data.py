@@ -1,8 +1,7 @@
 """Data sets, their split into tasks, pictures, and how files are written and read.
 
-CIFAR-100 and TinyImageNet are the paper's (section 4). `glyphs` is drawn here: nothing to download.
-
-    python data.py --dataset glyphs      # a sheet of samples, and one picture to try --predict on
+CIFAR-100 and TinyImageNet are the paper's (section 4). `glyphs` is drawn here, from a seed, so that
+there is something to train on without a download. `folder` reads pictures of your own.
 """
 import argparse
 import ast
@@ -12,213 +11,321 @@ import inspect
 import json
 import os
 import sys
-import traceback
 import zipfile
 from pathlib import Path
-from pickle import PickleError
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps                                 # Pillow comes with torchvision
-from torchvision.datasets import CIFAR100, ImageFolder
-from torchvision.datasets.folder import pil_loader
-from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms import v2
-from torchvision.utils import make_grid, save_image
+from PIL import Image, ImageOps             # Pillow comes with torchvision
 
 
 class Images(NamedTuple):
     """One half of a data set, for training or for testing."""
-    images: torch.Tensor        # uint8 (N, 3, h, w), RGB
-    labels: torch.Tensor        # int64 (N,), index into classes
-    classes: list               # names
+    images: torch.Tensor                    # uint8 (N, 3, h, w), RGB
+    labels: torch.Tensor                    # int64 (N,), index into classes
+    classes: list                           # names
 
 
 def load(name, data_dir):
-    """(train, test) of a data set of LOADERS, both Images. ValueError or OSError if it is broken."""
+    """(train, test) of a data set, both Images. ValueError or OSError if something is broken."""
     try:
         return LOADERS[name](Path(data_dir))
     except OSError as error:
-        raise OSError(f"cannot load {name}: {error}. Without network, unpack it in {data_dir}") from None
+        raise OSError(f"cannot load {name}: {error}. "
+                      f"Without network, unpack it in {data_dir}") from error
 
 
+# ---- the paper's data sets ---------------------------------------------------------------------
 def cifar100(data_dir):
-    """CIFAR-100 (Krizhevsky, 2009): 100 classes, 32 x 32 pixels, 500 training and 100 test images each."""
-    halves = [CIFAR100(data_dir, train=train, download=True) for train in (True, False)]
-    return [Images(torch.from_numpy(half.data).permute(0, 3, 1, 2).contiguous(),
-                   torch.tensor(half.targets), half.classes) for half in halves]
+    """CIFAR-100 (Krizhevsky, 2009): 100 classes, 32 x 32 pixels, 500 + 100 images each."""
+    # Imported here, because it takes two seconds that the other data sets can do without.
+    from torchvision.datasets import CIFAR100
+    halves = []
+    for train in (True, False):
+        half = CIFAR100(data_dir, train=train, download=True)       # compares md5 sums
+        images = torch.from_numpy(half.data).permute(0, 3, 1, 2)    # (N, 3, 32, 32)
+        labels = torch.tensor(half.targets)
+        halves.append(Images(images.contiguous(), labels, half.classes))
+    return halves
 
 
 def tinyimagenet(data_dir):
-    """TinyImageNet (Le & Yang, 2015): 200 classes, 64 x 64 pixels, 500 training and 50 val images each, which
-    we test on. The first call decodes all files, in about a minute, and keeps the result."""
-    folder, cache = data_dir / "tiny-imagenet-200", data_dir / "tiny-imagenet-200.pt"
-    if not cache.exists() and not folder.exists():
-        url, md5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
-        download_and_extract_archive(url, data_dir, md5=md5)
+    """TinyImageNet (Le & Yang, 2015): 200 classes, 64 x 64 pixels, 500 + 50 images each.
+
+    We test on its val half. The first call decodes all files, in about a minute, and keeps them.
+    """
+    from torchvision.datasets.utils import download_and_extract_archive
+    folder = data_dir / "tiny-imagenet-200"
+    cache = data_dir / "tiny-imagenet-200.pt"
     if not cache.exists():
+        if not folder.exists():
+            download_and_extract_archive(
+                "http://cs231n.stanford.edu/tiny-imagenet-200.zip", data_dir,
+                md5="90528d7ca1a48142e341f4ef8d21d0de")
         save(cache, decode_tinyimagenet(folder))
     content = read(cache)
-    return [Images(content[half], content[f"{half}_labels"], content["classes"]) for half in ("train", "val")]
+    return [Images(**content["train"]), Images(**content["val"])]
 
 
 def decode_tinyimagenet(folder, n_train=500, n_val=50):
-    """The content of the official folder, which must hold that many images of each class."""
+    """The official folder, which must hold that many images of each class, as two dictionaries."""
     wnids = (folder / "wnids.txt").read_text().split()
-    names = dict(line.split("\t") for line in (folder / "words.txt").read_text().splitlines())
-    train = [(path, wnid) for wnid in wnids for path in sorted((folder / "train" / wnid).rglob("*.JPEG"))]
+    words = (folder / "words.txt").read_text().splitlines()
+    names = dict(line.split("\t") for line in words)
+    # Sorted: the order in which a file system lists them differs between machines.
+    train = [(path, wnid) for wnid in wnids
+             for path in sorted((folder / "train" / wnid).rglob("*.JPEG"))]
     # All val images lie in one folder: only the annotations tell their classes.
-    rows = [line.split("\t") for line in (folder / "val/val_annotations.txt").read_text().splitlines()]
-    val = [(folder / "val/images" / name, wnid) for name, wnid, *_ in sorted(rows)]
-    content = {"classes": [names[wnid].split(",")[0] for wnid in wnids]}
-    for half, pairs, each in (("train", train, n_train), ("val", val, n_val)):
-        labels = torch.tensor([wnids.index(wnid) for _, wnid in pairs])
+    lines = (folder / "val/val_annotations.txt").read_text().splitlines()
+    val = [line.split("\t")[:2] for line in sorted(lines)]
+    val = [(folder / "val/images" / name, wnid) for name, wnid in val]
+    content = {}
+    for half, files, each in (("train", train, n_train), ("val", val, n_val)):
+        labels = torch.tensor([wnids.index(wnid) for _, wnid in files])
         if labels.bincount(minlength=len(wnids)).tolist() != [each] * len(wnids):
-            raise ValueError(f"{folder / half} does not hold {each} images of each class: unpack it again")
-        images = [picture(path, 64) for path, _ in progress(pairs, f"decoding {half} images")]
-        content |= {half: torch.stack(images), f"{half}_labels": labels}
+            raise ValueError(f"{folder / half} does not hold {each} images of each class")
+        content[half] = {
+            "images": decode([path for path, _ in files], 64, f"decoding {half} images"),
+            "labels": labels,
+            "classes": [names[wnid].split(",")[0] for wnid in wnids]}
     return content
 
 
+# ---- pictures of one's own ---------------------------------------------------------------------
 def folder(data_dir):
-    """Your own pictures in data_dir/train/<class>/ and data_dir/test/<class>/, as 224 x 224 squares."""
-    halves = []
-    for half in ("train", "test"):
-        files = ImageFolder(data_dir / half)
-        images = [picture(path, 224) for path, _ in progress(files.samples, f"decoding {half} images")]
-        halves.append(Images(torch.stack(images), torch.tensor(files.targets), files.classes))
-    if halves[0].classes != halves[1].classes:
-        raise ValueError(f"{data_dir}: train/ and test/ hold different classes")
-    return halves
+    """Your own pictures in data_dir/train/<class>/ and test/<class>/, as 224 x 224 squares."""
+    train = read_half(data_dir / "train")
+    test = read_half(data_dir / "test")
+    differing = {*train.classes} ^ {*test.classes}
+    if differing:
+        raise ValueError(f"{data_dir}: train/ and test/ hold different classes: {differing}")
+    return train, test
+
+
+def read_half(folder):
+    """Images, from a folder for each class. It says how many files are no pictures."""
+    suffixes = Image.registered_extensions()
+    classes = [path.name for path in sorted(folder.iterdir()) if is_visible(path) and path.is_dir()]
+    found = [path for name in classes for path in sorted((folder / name).iterdir())]
+    files = [path for path in found if is_visible(path) and path.suffix.lower() in suffixes]
+    if not files:
+        raise ValueError(f"there are no pictures in {folder}/<class>/")
+    print(f"{folder}: {len(files)} pictures, {len(found) - len(files)} other files left out")
+    labels = [classes.index(path.parent.name) for path in files]
+    return Images(decode(files, 224, f"reading {folder}"), torch.tensor(labels), classes)
+
+
+def is_visible(path):
+    """Not one of the hidden files and folders that systems and editors leave behind."""
+    return not path.name.startswith((".", "@", "__"))
+
+
+def decode(files, size, label):
+    """Picture files as uint8 (N, 3, size, size)."""
+    return torch.stack([picture(path, size) for path in progress(files, label)])
 
 
 def picture(path, size):
     """The central square of a picture file, upright, as uint8 (3, size, size), RGB."""
     try:
-        image = v2.functional.pil_to_tensor(ImageOps.exif_transpose(pil_loader(path)))
+        image = ImageOps.exif_transpose(Image.open(path))
+        square = ImageOps.fit(to_rgb(image), (size, size))          # bicubic
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:   # Syntax..: a broken PNG
         raise ValueError(f"{path} cannot be read as a picture: {error}") from None
-    square = v2.functional.center_crop(image, min(image.shape[1:]))
-    return v2.functional.resize(square, [size, size], v2.InterpolationMode.BICUBIC)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
+def to_rgb(image):
+    """A picture of any kind with 8 bits a channel, transparent parts on white."""
+    if image.mode[0] in "IF":
+        # More than 8 bits: `convert` would cut off what is over 255, and make nearly all white.
+        pixels = np.asarray(image, np.float64)
+        full = 1 if pixels.max() <= 1 else 65535                    # floats are in [0, 1]
+        image = Image.fromarray((255 * pixels / full).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+# ---- glyphs ------------------------------------------------------------------------------------
 def glyphs(data_dir, n_train=24, n_test=8):
     """100 classes of 64 x 64 pictures: each is a figure of two strokes and their mirror images."""
-    names, counts = [f"glyph {i:02d}" for i in range(100)], enumerate((n_train, n_test))
-    return [Images(torch.cat([draw_class(label, half, n) for label in range(100)]),
-                   torch.arange(100).repeat_interleave(n), names) for half, n in counts]
+    classes = [f"glyph {label:02d}" for label in range(100)]
+    halves = []
+    for half, n in enumerate((n_train, n_test)):
+        images = [draw_class(label, half, n) for label in range(100)]
+        labels = torch.arange(100).repeat_interleave(n)
+        halves.append(Images(torch.cat(images), labels, classes))
+    return halves
 
 
 def draw_class(label, half, n):
-    """n samples of a class, each distorted, uint8 (n, 3, 64, 64); half: 0 for training, 1 for testing."""
-    figure = random_strokes(np.random.default_rng([0, label]), 2)                   # (2, 2, 2)
-    figure = np.concatenate([figure, figure * (-1, 1)]).astype(np.float32)          # (4, 2, 2)
+    """n samples of a class, each distorted, uint8 (n, 3, 64, 64); half: 0 to train, 1 to test."""
+    strokes = random_strokes(np.random.default_rng([0, label]), 2)          # (2, 2, 2)
+    mirrored = strokes * np.float32((-1, 1))
+    figure = np.concatenate([strokes, mirrored])[:, None]                   # (4, 1, 2, 2)
     rng = np.random.default_rng([1 + half, label])
-    low, high = (-0.1, 1.0, -0.05, -0.05, -0.05), (0.1, 1.1, 0.05, 0.05, 0.05)
-    angle, scale, shear, dx, dy = rng.uniform(low, high, (n, 5)).T[..., None]       # (n, 1) each
-    y, x = np.mgrid[-1:1:64j, -1:1:64j].reshape(2, 1, -1).astype(np.float32)        # (1, 4096) each
-    u = scale * (np.cos(angle) * x - np.sin(angle) * y) + dx                        # (n, 4096)
-    v = scale * (np.sin(angle) * x + np.cos(angle) * y) + dy + shear * u
-    ink = coverage(u, v, figure[:, None], rng.uniform(0.08, 0.13, (n, 1)))          # (n, 4096)
-    clutter = [1.3 * random_strokes(rng, n) for _ in range(5)]                      # 5 of (n, 2, 2)
-    dirt = 0.6 * coverage(x, y, clutter, rng.uniform(0.02, 0.05, (n, 1)))           # (n, 4096)
-    paper, other, pen = (rng.uniform(a, b, (n, 3, 1)) for a, b in ((0, 0.4), (0, 1), (0.6, 1)))
-    image = paper + dirt[:, None] * (other - paper)                                 # (n, 3, 4096)
-    image = image + ink[:, None] * (pen - image) + 0.05 * rng.standard_normal(image.shape, np.float32)
-    return torch.from_numpy((image.clip(0, 1) * 255).astype(np.uint8).reshape(n, 3, 64, 64))
+
+    # The inverse of the distortion takes each pixel to a place in the undistorted figure.
+    angle, scale, shear, dx, dy = 0.05 * rng.uniform(-1, 1, (n, 5)).T[..., None]        # (n, 1)
+    cos, sin = np.cos(2 * angle), np.sin(2 * angle)
+    y, x = np.mgrid[-1:1:64j, -1:1:64j].reshape(2, 1, -1).astype(np.float32)            # (1, 4096)
+    u = (1.05 + scale) * (cos * x - sin * y) + dx                           # (n, 4096)
+    v = (1.05 + scale) * (sin * x + cos * y) + dy + shear * u
+    ink = coverage(u, v, figure, rng.uniform(0.08, 0.13, (n, 1)))           # (n, 4096)
+
+    # Thin strokes here and there, which mean nothing.
+    clutter = [1.3 * random_strokes(rng, n) for _ in range(5)]              # 5 of (n, 2, 2)
+    dirt = 0.6 * coverage(x, y, clutter, rng.uniform(0.02, 0.05, (n, 1)))   # (n, 4096)
+    paper, other, pen = rng.random((3, n, 3, 1))                            # colours
+    paper = 0.4 * paper                                                     # dark
+    pen = 0.6 + 0.4 * pen                                                   # light
+    image = paper + dirt[:, None] * (other - paper)                         # (n, 3, 4096)
+    image += ink[:, None] * (pen - image)
+    image += 0.05 * rng.standard_normal(image.shape, np.float32)            # a camera's noise
+    pixels = (255 * image.clip(0, 1)).astype(np.uint8)
+    return torch.from_numpy(pixels.reshape(n, 3, 64, 64))
 
 
 def random_strokes(rng, n):
-    """n segments (n, 2, 2), [segment, end, xy], between two points of a 4 x 4 grid in [-0.75, 0.75]^2."""
-    ends = np.array([rng.choice(16, 2, replace=False) for _ in range(n)])
-    return (np.stack([ends % 4, ends // 4], -1) * 0.5 - 0.75).astype(np.float32)
+    """n segments (n, 2, 2), [segment, end, xy], between points of a 4 x 4 grid."""
+    ends = np.array([rng.choice(16, 2, replace=False) for _ in range(n)])   # (n, 2)
+    places = np.stack([ends % 4, ends // 4], axis=-1)                       # (n, 2, 2)
+    return (0.5 * places - 0.75).astype(np.float32)
 
 
 def coverage(x, y, strokes, thickness):
-    """How much the nearest of some strokes, (1 or n, 2, 2) each, covers the points (n, p), in [0, 1]."""
-    nearest = np.inf                                                                # squared distance
+    """How much the nearest of strokes, (1 or n, 2, 2) each, covers points (n, p), in [0, 1]."""
+    nearest = np.inf                                                        # distance, squared
     for stroke in strokes:
-        (ax, ay), (bx, by) = stroke.transpose(1, 2, 0)[..., None]                   # (1 or n, 1) each
-        dx, dy, px, py = bx - ax, by - ay, x - ax, y - ay
-        along = ((px * dx + py * dy) / (dx * dx + dy * dy)).clip(0, 1)
-        nearest = np.minimum(nearest, (px - along * dx) ** 2 + (py - along * dy) ** 2)
-    return ((thickness - np.sqrt(nearest)) / 0.03 + 0.5).clip(0, 1).astype(np.float32)
+        a, b = stroke.transpose(1, 2, 0)[..., None]                         # ends: (2, 1 or n, 1)
+        dx, dy = b - a
+        px, py = x - a[0], y - a[1]
+        along = (px * dx + py * dy) / (dx ** 2 + dy ** 2)
+        along = along.clip(0, 1)                                            # 0 at a, 1 at b
+        distance = (px - along * dx) ** 2 + (py - along * dy) ** 2
+        nearest = np.minimum(nearest, distance)
+    blurred = (thickness - np.sqrt(nearest)) / 0.03 + 0.5
+    return blurred.clip(0, 1).astype(np.float32)
 
 
-LOADERS = {"glyphs": glyphs, "cifar100": cifar100, "tinyimagenet": tinyimagenet, "folder": folder}
+LOADERS = {
+    "glyphs": glyphs,
+    "cifar100": cifar100,
+    "tinyimagenet": tinyimagenet,
+    "folder": folder,
+}
 
 
+# ---- tasks -------------------------------------------------------------------------------------
 def split(n_classes, splits, seed):
-    """The classes of each task: `splits` lists of class indices, in an order drawn from the seed."""
-    choices = [n for n in range(1, n_classes // 2 + 1) if n_classes % n == 0]       # two classes or more
+    """The classes of each task: `splits` lists of indices, in an order drawn from the seed."""
+    # With one class in a task, there would be nothing to learn.
+    choices = [n for n in range(1, n_classes // 2 + 1) if n_classes % n == 0]
     if splits not in choices:
-        raise ValueError(f"{n_classes} classes cannot be split into {splits} tasks: choose one of {choices}")
-    return np.random.default_rng(seed).permutation(n_classes).reshape(splits, -1).tolist()
+        raise ValueError(f"{n_classes} classes do not make {splits} tasks of two classes or more, "
+                         f"all alike: choose one of {choices}")
+    order = np.random.default_rng(seed).permutation(n_classes)
+    return order.reshape(splits, -1).tolist()
 
 
 def task_labels(half, tasks):
-    """The task of each image (N,) and its label within the task (N,), from 0; -1 if it is in none of them."""
-    table = torch.full((2, len(half.classes)), -1)
+    """Each image's task (N,) and label within it (N,), from 0; -1 if it is in none of the tasks."""
+    task_of = torch.full((len(half.classes),), -1)
+    label_of = torch.full((len(half.classes),), -1)
     for t, classes in enumerate(tasks):
-        table[0, classes], table[1, classes] = t, torch.arange(len(classes))
-    return table[:, half.labels]
+        task_of[classes] = t
+        label_of[classes] = torch.arange(len(classes))
+    return task_of[half.labels], label_of[half.labels]
 
 
 def task(half, classes):
-    """D_t: the images of these classes (n, 3, h, w) and their labels (n,), positions in `classes`."""
+    """D_t: the images of these classes (n, 3, h, w) and labels (n,), positions in `classes`."""
     _, labels = task_labels(half, [classes])
-    return half.images[labels >= 0], labels[labels >= 0]
+    inside = labels >= 0
+    return half.images[inside], labels[inside]
 
 
 def hold_out(train):
     """(train, test) from training images alone: of each class, every tenth image is for testing."""
+    # To choose epochs or learning rates on the test images would flatter the result.
     held = torch.zeros(len(train.labels), dtype=torch.bool)
     for label in train.labels.unique():
-        held[(train.labels == label).nonzero()[::10]] = True
-    return [Images(train.images[part], train.labels[part], train.classes) for part in (~held, held)]
+        places = (train.labels == label).nonzero()
+        held[places[::10]] = True
+    return [train._replace(images=train.images[part], labels=train.labels[part])
+            for part in (~held, held)]
 
 
 def generator(*seed):
-    """A torch generator that depends on these numbers alone: (seed, t) for task t, (seed, 0) for theta_0."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1, "u8")[0]))
+    """A torch generator that depends on these numbers alone, and differs for neighbouring ones."""
+    # torch's seeds are single numbers. Sums like seed + t would give two tasks the same numbers.
+    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
-# ---- files and the terminal ----------------------------------------------------------------------
+# ---- files and the terminal --------------------------------------------------------------------
 def save(path, content):
-    """Writes a dictionary as JSON or by torch.save, beside `path`, then renames it: it is always whole."""
+    """Writes a dictionary as JSON or by torch.save, beside `path`, then renames it: it is whole."""
+    # With the process in its name: two commands may write the same file.
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch.write_text(json.dumps(content)) if path.suffix == ".json" else torch.save(content, scratch)
+    if path.suffix == ".json":
+        # NaN is no JSON, and an accuracy that is none is a mistake.
+        scratch.write_text(json.dumps(content, allow_nan=False))
+    else:
+        torch.save(content, scratch)
     scratch.replace(path)
 
 
 def read(path):
-    """The dictionary in a file, on the CPU, without executing pickles. ValueError if it is damaged."""
+    """The content of such a file, on the CPU, without executing pickles. ValueError if damaged."""
     try:
         if path.suffix == ".json":
-            return dict(json.loads(path.read_text("utf-8")))
-        damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()      # torch.load ignores CRCs
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, TypeError, EOFError, LookupError, PickleError, zipfile.error):
-        damaged = True
-    if damaged or not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged, missing, or not a file of this kind")
-    return content
+            return json.loads(path.read_text("utf-8"))
+        # What torch.save writes is a zip, but torch.load does not compare its check sums.
+        damaged = zipfile.ZipFile(path).testzip()
+        if damaged:
+            raise ValueError(f"the check sum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        # Of many kinds: it depends on where the damage is.
+        raise ValueError(f"{path} is damaged, remove it: {error}") from error
 
 
-def digest(*objects):
-    """Changes with the values of CPU tensors, and with the code and docstrings of modules and functions; not
-    with comments and layout, nor with what stands below a line `# ---- evaluation`."""
-    parts = [x.detach().numpy() if torch.is_tensor(x) else ast.unparse(ast.parse(
-             inspect.getsource(x).partition("# ---- evaluation")[0])).encode() for x in objects]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:8]
+def digest(*parts):
+    """Eight hex digits that change with CPU tensors, and with whatever JSON can write."""
+    sha = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            sha.update(part.contiguous().numpy())
+        else:
+            sha.update(json.dumps(part).encode())
+    return sha.hexdigest()[:8]
+
+
+def code_digest(*things):
+    """Changes with the code of modules and functions, not with docstrings, comments and layout."""
+    texts = []
+    for thing in things:
+        tree = ast.parse(inspect.getsource(thing))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""       # a docstring
+        texts.append(ast.unparse(tree))
+    return digest(texts)
 
 
 def parser(description):
     """An argument parser whose help begins with the description, and whose errors take one line."""
-    layout = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(usage=argparse.SUPPRESS, description=description, formatter_class=layout)
+    return argparse.ArgumentParser(
+        description=description, usage=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def progress(items, label):
@@ -226,33 +333,19 @@ def progress(items, label):
     for i, item in enumerate(items, 1):
         yield item
         if sys.stderr.isatty():
-            print(f"\r{label} {i}/{len(items)}", end="\n" * (i == len(items)), file=sys.stderr, flush=True)
+            end = "\n" if i == len(items) else ""
+            print(f"\r{label} {i}/{len(items)}", end=end, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns a ValueError or OSError into one line that says where it was raised, and exit code 2."""
+    """Turns a mistake of the user (ValueError or OSError) and Ctrl-C into one line."""
     try:
         yield
     except (ValueError, OSError) as error:
-        message, place = " ".join(str(error).split()), traceback.extract_tb(error.__traceback__)[-1]
-        print(f"error: {message} ({Path(place.filename).name}, line {place.lineno})", file=sys.stderr)
+        message = " ".join(str(error).split())
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
-
-
-def main():
-    """Draws <dataset>.png, 12 samples of 12 classes, and <dataset>-sample.png, one test image."""
-    options = parser(main.__doc__)
-    options.add_argument("--dataset", choices=LOADERS, default="glyphs", help="default: %(default)s")
-    options.add_argument("--data-dir", default="data", help="folder of the data sets (default: data)")
-    args = options.parse_args()
-    name, (train, test) = args.dataset, load(args.dataset, args.data_dir)
-    rows = [task(train, [label])[0][:12] for label in range(min(12, len(train.classes)))]
-    save_image(make_grid(torch.cat(rows) / 255, nrow=12), f"{name}.png")
-    save_image(test.images[0] / 255, f"{name}-sample.png")
-    print(f"{name}.png; {name}-sample.png: a {test.classes[test.labels[0]]}")
-
-
-if __name__ == "__main__":
-    with one_line_errors():
-        main()
+    except KeyboardInterrupt:
+        print("stopped: finished tasks are kept; the same command goes on", file=sys.stderr)
+        sys.exit(130)

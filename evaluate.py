@@ -1,258 +1,312 @@
 """Metrics (paper, section 4), the paper's tables over finished runs, and the memories alone.
 
     python evaluate.py runs/*              # tables: mean and standard deviation over the seeds
-    python evaluate.py probe runs/X        # what memories recall as they fill up, and from noisy keys
-    python evaluate.py bench               # time, bytes and recall error of memories with T modulations
+    python evaluate.py bench               # time, bytes and recall error of memories
 """
 import ast
-import math
+import importlib
+import itertools
 import statistics
 import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import data
 import lora
 import vit as substrate
-from bayespcn import BayesPCN
-from hopfield import Hopfield
 
-# --memory NAME: makes an empty memory for vectors of dim elements. Add a line for a memory of your own.
-MEMORIES = {
-    "hopfield": lambda dim, **options: Hopfield(**options),
-    "bayespcn": BayesPCN,
-}
-NOISE = (0, 0.1, 0.3, 1, 3, 10, 30)             # of keys, in multiples of their root mean square
+CONTROLS = ("linear", "mean", "wrong", "none")
 
 
+# ---- memories ----------------------------------------------------------------------------------
 def make_memory(text, dim):
-    """An empty memory from NAME[:OPTION=VALUE,..], as --memory takes it. ValueError for what is unknown."""
+    """An empty memory from NAME[:OPTION=VALUE,..]: the class NAME, in any case, of NAME.py.
+
+    dim: the length of theta. ValueError for a name, an option or a value that does not fit.
+    """
     name, _, options = text.partition(":")
-    if name not in MEMORIES:
-        raise ValueError(f"there is no memory '{name}': choose one of {', '.join(MEMORIES)}")
-    pairs = dict(option.partition("=")[::2] for option in options.split(",") if option)
+    # There is no list of memories to keep: a file beside this one is enough.
+    if not Path(__file__).with_name(f"{name}.py").exists():
+        raise ValueError(f"there is no memory '{name}': no file {name}.py")
+    module = importlib.import_module(name)
+    things = {word.lower(): thing for word, thing in vars(module).items()}
+    memory = things.get(name.lower())
+    if not hasattr(memory, "write"):
+        raise ValueError(f"there is no memory '{name}': {name}.py has no such class with `write`")
     try:
-        values = {option: x if x[:1].islower() and x not in ("true", "false") else ast.literal_eval(x)
-                  for option, x in pairs.items()}
-        return MEMORIES[name](dim, **values)
-    except (TypeError, ValueError, SyntaxError) as error:
+        return memory(dim, **parse_options(options))
+    except (TypeError, ValueError) as error:
+        # An option that it does not have, or a value out of range.
         raise ValueError(f"--memory {text}: {error}") from error
 
 
-# ---- metrics -------------------------------------------------------------------------------------
+def parse_options(text):
+    """"beta=25,read=joint" -> {"beta": 25, "read": "joint"}."""
+    options = {}
+    for pair in filter(None, text.split(",")):
+        name, _, value = pair.partition("=")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value           # a word, which is no value in Python
+    return options
+
+
+# ---- metrics -----------------------------------------------------------------------------------
 def faa(accuracies):
     """FAA = (1 / T) sum_t A_(T, t) (section 4): every task counts the same."""
-    return sum(accuracies) / len(accuracies)
+    return statistics.fmean(accuracies)
+
+
+def percent(hits):
+    """The share of True in hits (n,), in percent."""
+    return 100 * hits.double().mean().item()
 
 
 def per_task(hits, task_ids):
-    """The share of hits (n,), bool, among the images of each task, in percent; task_ids (n,), from 0."""
-    return [100 * hits[task_ids == t].double().mean().item() for t in range(task_ids.max() + 1)]
+    """A_(T, t) for each t, in percent: hits (n,) among the images of task_ids (n,), from 0."""
+    return [percent(hits[task_ids == t]) for t in range(task_ids.max() + 1)]
 
 
 def recall_error(theta_hat, theta):
     """|theta_hat - theta| / |theta|, both without the key."""
-    (_, recalled), (_, value) = lora.split_key(theta_hat), lora.split_key(theta)
+    # With it, the error would look smaller: a read returns the key as it came.
+    _, recalled = lora.split_key(theta_hat)
+    _, value = lora.split_key(theta)
     return ((recalled - value).norm() / value.norm()).item()
 
 
-def write_result(run, setting, hits, task_ids, errors, start, variant="", **more):
-    """Writes <setting>-<memory>.json and returns its content: the run's options, and the figures in percent.
-    hits: bool (n,) for the test images, with theta as trained (gt), as recalled, with each control, .."""
-    tasks = {name: per_task(hit, task_ids) for name, hit in hits.items()}
-    means = {name: faa(accuracies) for name, accuracies in tasks.items()}
-    gpu = run.args.device != "cpu"
-    content = {
-        "setting": setting, "memory": run.args.memory, **run.config, "faa_gt": means["gt"],
-        "faa": means["recalled"], "drop": means["gt"] - means["recalled"],
-        "controls": {name: means[name] for name in CONTROLS},
-        "recall_error": {"mean": statistics.mean(errors), "max": max(errors)},
-        "per_task": tasks | {"recall_error": errors},
-        "wall_seconds": time.perf_counter() - start, **more,
-        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"}
-    path = run.folder / f"{setting}-{run.memory_name}{variant}.json"
-    data.save(path, content)
-    names = ("gt", "recalled", "linear", "none") if setting == "til" else ("gt", "local", "strict", "task")
-    plot(path.with_suffix(".svg"), "Test images of each task", "task", "accuracy in %",
-         {name: tasks[name] for name in names}, range(1, len(run.tasks) + 1))
-    return content
+def figures(hits, task_ids, errors):
+    """The figures that til.py and mts.py have in common, in percent.
+
+    hits: {way: bool (n,)}, which test images were classified right with theta as trained (gt), as
+    recalled, and with each control; errors: of recall, one for each task.
+    """
+    accuracies = {way: per_task(hit, task_ids) for way, hit in hits.items()}
+    return {
+        "faa_gt": faa(accuracies["gt"]),
+        "faa": faa(accuracies["recalled"]),
+        "controls": {control: faa(accuracies[control]) for control in CONTROLS},
+        "recall_error": {"mean": faa(errors), "max": max(errors)},
+        "per_task": accuracies | {"recall_error": errors}}
 
 
-# ---- tables --------------------------------------------------------------------------------------
-CONTROLS = ("linear", "mean", "wrong", "none")
+def logistic_regression(x, y, n_classes, penalty=0.03):
+    """Weights (n_classes, d) and bias (n_classes,) that predict y (n,) from x (n, d), converged.
+
+    They minimise the mean cross-entropy + penalty / 2 |W|^2 on x, standardised. The penalty was
+    chosen on images that --validate holds out.
+    """
+    # Standardised, so that the penalty treats all features alike, and few steps are needed.
+    mean = x.mean(0)
+    std = x.std(0) + 1e-6
+    z = (x - mean) / std
+    W = torch.zeros(n_classes, x.shape[1], dtype=x.dtype, requires_grad=True)
+    b = torch.zeros(n_classes, dtype=x.dtype, requires_grad=True)
+    lbfgs = torch.optim.LBFGS([W, b], max_iter=1000, line_search_fn="strong_wolfe")
+
+    def closure():
+        lbfgs.zero_grad()
+        loss = F.cross_entropy(z @ W.T + b, y) + penalty / 2 * W.square().sum()
+        loss.backward()
+        return loss
+    lbfgs.step(closure)
+    # W z + b = (W / std) x + b - (W / std) mean: a head for features as they are.
+    W = W.detach() / std
+    return W, b.detach() - W @ mean
+
+
+# ---- tables ------------------------------------------------------------------------------------
+PAPER = data.read(Path(__file__).parent / "results/paper.json")     # its Tables 1 and A1
 COLUMNS = {
     "til": {"faa_gt": "FAA_GT", "faa": "FAA(M)", "drop": "D(M)", "recall_error": "error"},
-    "mts": {"task_accuracy": "Task Acc", "faa_gt": "FAA_GT", "faa_local": "local", "drop": "D(M)",
-            "faa_strict": "strict"}}
-PAPER = data.read(Path(__file__).parent / "results/paper.json")      # Tables 1 and A1, as our first columns
-LEGEND = """
-In percent. FAA_GT: final average accuracy over the tasks, with the modulations as trained; FAA(M): as the
-memory M recalls them; D(M) = FAA_GT - FAA(M). error: |theta_hat - theta| / |theta| without the key. Controls:
-a head trained alone on the bare substrate (linear); the task's head with the mean of all modulations, with
-the wrong one (of the task before), with none. Task Acc: images whose task is predicted right; local: FAA if
-the label within the task is right (so, it seems, in the paper); strict: if the task is right, too. For mts,
-D(M) = FAA_GT - local, controls are local. Default: vit_ti_16, 224 px; DINOv2 112 px; glyphs vit_micro, 32 px.
-"""
+    "mts": {"task_accuracy": "Task Acc", "faa_gt": "FAA_GT", "faa_local": "local",
+            "drop": "D(M)", "faa_strict": "strict"}}
+LEGEND = {
+    "til": """\
+In percent. FAA_GT: final average accuracy over the tasks, with the modulations as trained; FAA(M):
+as the memory M recalls them; D(M) = FAA_GT - FAA(M). error: |theta_hat - theta| / |theta|, without
+the key.
+""",
+    "mts": """\
+In percent. Task Acc: images whose task is predicted right. FAA_GT: final average accuracy over the
+tasks, with the task known and the modulations as trained. local: with the task predicted and its
+modulation as the memory M recalls it, where a label counts as right if it is right within the task
+(so, it seems, in the paper); strict: only if the task is right, too. D(M) = FAA_GT - local. The
+controls are local.
+""",
+    "both": """\
+Controls: logistic regression on the bare substrate (linear); the task's head with the mean of all
+modulations, with the wrong one (of the task before), with none. A row names the options that are
+not usual. Usual are vit_ti_16, 224 px (DINOv2: 112 px), and for glyphs vit_micro, 32 px.
+"""}
+
+
+def usual(dataset, backbone=None):
+    """The options of til.py and mts.py where a command, and a row's name, do not say otherwise."""
+    options = {"backbone": "vit_ti_16", "rank": 8, "alpha": 8, "epochs": 3,
+               "image_size": substrate.CONFIGS[backbone or "vit_ti_16"].image_size,
+               "batch_size": 64, "predictor": "tasks", "label_smoothing": 0.0}
+    if dataset == "glyphs":
+        options |= {"backbone": "vit_micro", "image_size": 32, "batch_size": 6}
+    return options
 
 
 def label(result):
-    """The name of a row: the memory, then the options that differ from the usual ones."""
-    glyphs = result["dataset"] == "glyphs"
-    usual = {"backbone": "vit_micro" if glyphs else "vit_ti_16", "rank": 8, "alpha": 8, "epochs": 3,
-             "image_size": 32 if glyphs else substrate.CONFIGS[result["backbone"]].image_size,
-             "batch_size": 6 if glyphs else 64, "predictor": "tasks", "label_smoothing": 0}
-    words = [f"--{name.replace('_', '-')} {result[name]}" for name, value in usual.items()
-             if result.get(name, value) != value]
-    words += ["--plain"] * (result.get("plain", False) and "CPU" not in result["device"])
-    return " ".join([result["memory"], *words, *["--validate"] * result["validate"]])
+    """The name of a row: the memory, then the options that differ from the usual ones.
+
+    Typed after `--memory`, it is the command that gave the row.
+    """
+    words = [result["memory"]]
+    for name, value in usual(result["dataset"], result["backbone"]).items():
+        if result.get(name, value) != value:
+            option = name.replace("_", "-")
+            words += [f"--{option}", str(result[name])]
+    # On a CPU, --plain is always on.
+    if result["plain"] and "CPU" not in result["device"]:
+        words.append("--plain")
+    if result["validate"]:
+        words.append("--validate")
+    return " ".join(words)
+
+
+def report(results):
+    """Markdown: a table for each experiment, and a legend."""
+    experiments = {}
+    # TIL before MTS, otherwise as they came.
+    for result in sorted(results, key=lambda result: result["setting"], reverse=True):
+        command = "{setting}.py --dataset {dataset} --splits {splits}".format(**result)
+        experiments.setdefault(command, []).append(result)
+    tables = [table(command, runs) for command, runs in experiments.items()]
+    settings = dict.fromkeys(command[:3] for command in experiments)
+    legends = [LEGEND[setting] for setting in (*settings, "both")]
+    return "\n".join([*tables, "", *legends])
+
+
+def table(command, results):
+    """The table of one experiment: a row for all runs that differ in nothing but the seed."""
+    rows = {}
+    for result in sorted(results, key=lambda result: result["seed"]):
+        # The digest tells apart what other data, other weights or other code gave.
+        row = rows.setdefault((label(result), result.get("digest", "")), {})
+        row[result["seed"]] = result
+    names = [name for name, _ in rows]
+    columns = COLUMNS[command[:3]] | dict(zip(CONTROLS, CONTROLS))
+    paper = PAPER.get(command, {})
+    lines = [f"\n`python {command} --memory M`\n",
+             f"| M | seeds | {' | '.join(columns.values())} |",
+             "|---" * (2 + len(columns)) + "|"]
+    for (name, digest), runs in sorted(rows.items()):               # runs: {seed: result}
+        # A digest says nothing to a reader: it is shown only where two rows have one name.
+        shown = f"{name} ({digest})" if names.count(name) > 1 else name
+        seeds = " ".join(map(str, runs))
+        cells = " | ".join(cell(runs.values(), column) for column in columns)
+        lines.append(f"| `{shown}` | {seeds} | {cells} |")
+        if name in paper:
+            lines.append(f"| paper | 3 seeds | {paper[name]} |")
+    return "\n".join(lines)
 
 
 def cell(runs, column):
     """mean ± standard deviation over the seeds."""
-    values = [run["controls"][column] if column in CONTROLS else run[column] for run in runs]
-    values, digits = ([x["mean"] for x in values], 4) if column == "recall_error" else (values, 2)
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    values = []
+    for run in runs:
+        error = run["recall_error"]["mean"]
+        values.append((run | run["controls"] | {"recall_error": error}).get(column))
+    if None in values:                          # a result of an older version
+        return "–"
+    digits = 4 if column == "recall_error" else 2
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text
 
 
-def report(results, paper=False):
-    """Markdown: a table for each experiment, a row for each command; paper: also those that only it has."""
-    tables, order = {command: {} for command in PAPER} if paper else {}, ("dataset", "splits", "seed")
-    for result in sorted(results, key=lambda result: (result["setting"] != "til", *map(result.get, order))):
-        command = "{setting}.py --dataset {dataset} --splits {splits}".format(**result)
-        tables.setdefault(command, {}).setdefault(label(result), []).append(result)
-    lines = []
-    for command, rows in tables.items():
-        columns, theirs = COLUMNS[command[:3]] | dict(zip(CONTROLS, CONTROLS)), dict(PAPER.get(command, {}))
-        lines += [f"\n`python {command} --memory M`\n", f"| M | seeds | {' | '.join(columns.values())} |",
-                  "|---" * (2 + len(columns)) + "|"]
-        for name, runs in sorted(rows.items()):
-            seeds = " ".join(str(run["seed"]) for run in runs)
-            if len(runs) > len({run["seed"] for run in runs}):
-                raise ValueError(f"two results for {command} --memory {name}, seeds {seeds}: show one")
-            lines.append(f"| `{name}` | {seeds} | {' | '.join(cell(runs, x) for x in columns)} |")
-            if name in theirs:
-                lines.append(f"| paper | 3 seeds | {theirs.pop(name)} |")
-        lines += [f"| paper, `{name}` | 3 seeds | {figures} |" for name, figures in theirs.items() if paper]
-    return "\n".join(lines) + "\n" + LEGEND
+# ---- pictures ----------------------------------------------------------------------------------
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000")
+SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -60 740 330" font-size="13"
+  font-family="sans-serif">
+<rect x="-70" y="-60" width="740" height="330" fill="white"/>
+<rect width="440" height="210" fill="none" stroke="#ccc"/>
+{}
+</svg>
+"""
 
 
-def plot(path, title, x_label, y_label, lines, ticks):
-    """Draws lines {name: [y, ..]} as SVG. ticks: the names of x = 0, 1, .."""
+def plot(path, title, lines, ticks):
+    """Draws lines {name: [y, ..]} as SVG, in a frame of 440 x 210. ticks: names of x = 0, 1, .."""
     values = [y for line in lines.values() for y in line]
-    step = 10 ** math.floor(math.log10(max(values) - min(values) or 1))
-    low, high = math.floor(min(values) / step), math.floor(max(values) / step) + 1      # in steps
-
-    def place(x, y):                                            # in pixels
-        return 70 + 440 * x / max(len(ticks) - 1, 1), 270 - 210 * (y / step - low) / (high - low)
-    words = [(70, 22, title), (70, 44, y_label), (220, 318, x_label)]
-    words += [(place(i, 0)[0] - 6, 290, ticks[i]) for i in range(0, len(ticks), len(ticks) // 10 or 1)]
-    words += [(25, place(0, step * y)[1] + 4, f"{step * y:.6g}") for y in range(low, high + 1)]
-    shapes = [f'<text x="{x:.0f}" y="{y:.0f}">{text}</text>' for x, y, text in words]
-    shapes += [f'<path d="M70 {place(0, step * y)[1]:.0f}H510" stroke="#ccc"/>' for y in range(low, high + 1)]
+    low = min(values)
+    high = max(values)
+    x_step = 440 / max(len(ticks) - 1, 1)
+    y_step = 210 / (high - low or 1)
+    svg = [words(0, -20, title), words(-60, 0, f"{high:.4g}"), words(-60, 210, f"{low:.4g}")]
+    svg += [words(i * x_step, 230, tick) for i, tick in enumerate(ticks)]
     for i, (name, line) in enumerate(lines.items()):
-        colour = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000")[i % 6]
-        points = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in enumerate(line))
-        shapes += [f'<polyline points="{points}" stroke="{colour}" stroke-width="{4 - i % 4}" fill="none"/>',
-                   f'<text x="520" y="{60 + 20 * i}" fill="{colour}">{name}</text>']
-    path.write_text('<svg xmlns="http://www.w3.org/2000/svg" width="740" height="330" font-size="13" '
-                    'font-family="sans-serif">\n<rect width="100%" height="100%" fill="white"/>\n'
-                    + "\n".join(shapes) + "\n</svg>\n", "utf-8")
+        colour = COLOURS[i % len(COLOURS)]
+        points = [f"{x * x_step:.1f},{(high - y) * y_step:.1f}" for x, y in enumerate(line)]
+        svg.append(f'<polyline points="{" ".join(points)}" stroke="{colour}" fill="none"/>')
+        svg.append(words(450, 20 * i, name, colour))
+    path.write_text(SVG.format("\n".join(svg)), "utf-8")
 
 
-# ---- the memories alone --------------------------------------------------------------------------
+def words(x, y, text, colour="black"):
+    return f'<text x="{x:.0f}" y="{y:.0f}" fill="{colour}">{text}</text>'
+
+
+# ---- the memories alone ------------------------------------------------------------------------
 def bench(args):
-    """Time, size, recall error, last descents of memories with T made-up modulations: OUT.json, OUT.svg."""
-    torch.set_num_threads(1)
-    rows, energies = [], {}
-    for name, T in ((name, T) for name in args.memory for T in args.tasks):
-        # As in a ViT-S: A is drawn as in lora.py, and B is as wide as after training on TinyImageNet.
-        A, B = torch.rand(2, T, args.dim, generator=data.generator(T)) * 2 - 1
-        thetas = torch.where(torch.arange(args.dim) // (8 * 384) % 2 == 0, A / math.sqrt(384), 0.05 * B)
-        pairs, memory = [lora.split_key(theta) for theta in thetas], make_memory(name, args.dim)
-        start = time.perf_counter()
-        for key, value in data.progress(pairs, f"{name}: writing"):
-            memory.write(key, value)
-        written, energies[f"{name}: write"] = time.perf_counter(), getattr(memory, "trace", None)
-        recalled = [memory.read(key) for key, _ in pairs]
-        read, energies[f"{name}: read"] = time.perf_counter(), getattr(memory, "trace", None)
-        rows.append({"memory": name, "T": T, "write_ms": 1e3 * (written - start) / T,
-                     "read_ms": 1e3 * (read - written) / T, "MB": memory.nbytes / 1e6,
-                     "error": statistics.mean(map(recall_error, recalled, thetas))})
-        print("{memory:20} T {T:3}  write {write_ms:6.1f} ms  read {read_ms:6.1f} ms  {MB:6.1f} MB  "
-              "error {error:.4f}".format(**rows[-1]), flush=True)
+    """Writes to OUT.json the time, the size and the recall error with T made-up modulations."""
+    torch.set_num_threads(1)                    # times of different machines compare better
+    rows = []
+    for name, T in itertools.product(args.memory, args.tasks):
+        memory = make_memory(name, args.dim)
+        # About as wide as the modulations of a ViT-S that was trained.
+        thetas = 0.03 * torch.randn(T, args.dim, generator=data.generator(T))
+        row = {"memory": name, "T": T} | bench_memory(memory, thetas)
+        rows.append(row)
+        print("{memory:20} T {T:3}  write {write_ms:6.1f} ms  read {read_ms:6.1f} ms  "
+              "{MB:6.1f} MB  error {error:.4f}".format(**row), flush=True)
     data.save(args.out, {"dim": args.dim, "rows": rows})
-    lines = {k: (E[:, 0] - E.min() + 0.01).log10().tolist() for k, E in energies.items() if E is not None}
-    if lines:
-        plot(args.out.with_suffix(".svg"), "The last descents of BayesPCN", "step", "log10(E - min E + 0.01)",
-             lines, range(max(map(len, lines.values()))))
 
 
-def probe(args, run):
-    """Recall error and FAA of a run, as memories fill up, then with noisy keys: RUN/probe.json, RUN/*.svg."""
-    config, rows = data.read(run / "config.json"), []
-    vit = substrate.load(config["backbone"], args.weights, config["image_size"])
-    made_with = vit.digest, data.digest(substrate), data.digest(lora)
-    if made_with != tuple(config.get(x) for x in ("weights", "code of vit.py", "code of lora.py")):
-        raise ValueError(f"{run} was made with other weights (see --weights), vit.py or lora.py")
-    vit.to(args.device, torch.float32 if config["plain"] else torch.bfloat16)
-    lora.add(vit, config["rank"], config["alpha"])
-    train, test = data.load(config["dataset"], args.data_dir)
-    test = data.hold_out(train)[1] if config["validate"] else test
-    tests = [data.task(test, classes) for classes in config["class_order"]]
-    adapters = [data.read(run / f"adapters/{t}.pt") for t in range(1, config["splits"] + 1)]
-    pairs, quarter = [lora.split_key(adapter["theta"]) for adapter in adapters], math.ceil(len(tests) / 4)
-    head = substrate.Head(vit.config.width, len(config["class_order"][0]), device=args.device)
-
-    def measure(name, memory, noise, keys):
-        errors, accuracies = [], []
-        draws = torch.randn(len(keys), len(keys[0]), generator=data.generator(0))
-        for key, draw, adapter, (images, labels) in zip(keys, draws, adapters, tests):
-            lora.set(vit, memory.read(key + noise * key.square().mean().sqrt() * draw))
-            errors.append(recall_error(lora.get(vit).cpu(), adapter["theta"]))
-            head.load_state_dict(adapter["head"])
-            logits = head(substrate.features(vit, images))
-            accuracies.append(100 * (logits.argmax(1).cpu() == labels).double().mean().item())
-        rows.append({"memory": name, "stored": len(keys), "noise": noise, "error": statistics.mean(errors),
-                     "faa": faa(accuracies)})
-        print("{memory:20} T {stored:3}  noise {noise:4}  error {error:.4f} FAA {faa:.2f}".format(**rows[-1]))
-
-    for name in args.memory:
-        memory = make_memory(name, len(adapters[0]["theta"]))
-        for n, pair in enumerate(pairs, 1):
-            memory.write(*pair)
-            if n == len(pairs) or n % quarter == 0:
-                for noise in NOISE if n == len(pairs) else [0]:
-                    measure(name, memory, noise, [key for key, _ in pairs[:n]])
-    data.save(run / "probe.json", {"rows": rows})
-    for figure, y_label in (("error", "recall error"), ("faa", "FAA in %")):
-        full = {m: [row[figure] for row in rows if row["memory"] == m][-len(NOISE):] for m in args.memory}
-        plot(run / f"probe-{figure}.svg", "Noisy keys", "noise / rms of a key", y_label, full, NOISE)
+def bench_memory(memory, thetas):
+    """The figures of an empty memory that stores thetas (T, P), then recalls them."""
+    T = len(thetas)
+    pairs = [lora.split_key(theta) for theta in thetas]
+    start = time.perf_counter()
+    for key, value in data.progress(pairs, "writing"):
+        memory.write(key, value)
+    written = time.perf_counter()
+    recalled = [memory.read(key) for key, _ in pairs]
+    read = time.perf_counter()
+    return {
+        "write_ms": 1000 * (written - start) / T,
+        "read_ms": 1000 * (read - written) / T,
+        "MB": memory.nbytes / 1e6,
+        "error": statistics.mean(map(recall_error, recalled, thetas))}
 
 
 def main():
-    """`probe RUN`, `bench`, or else the tables of runs."""
+    """`bench`, or else the tables of runs."""
     parser = data.parser(__doc__)
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", help="run folders with results; or: probe RUN; or: bench")
-    add("--paper", action="store_true", help="tables: also the paper's figures that we have no result for")
-    add("--memory", nargs="+", default=[*MEMORIES], help="probe, bench: as for til.py (default: all)")
-    add("--data-dir", type=Path, default="data", help="probe: folder of the data sets (default: %(default)s)")
-    add("--weights", type=Path, help="probe: weights file of the backbone (default: shipped or downloaded)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for probe; default: a GPU")
+    memories = ["hopfield", "bayespcn"]
+    add("runs", type=Path, nargs="+", help="folders with results in them or below; or: bench")
+    add("--memory", nargs="+", default=memories, help="bench: as for til.py (default: both)")
     add("--tasks", type=int, nargs="+", default=[20, 100], help="bench: T (default: 20 100)")
     add("--dim", type=int, default=147_456, help="bench: P (default: %(default)s)")
     add("--out", type=Path, default="runs/bench.json", help="bench (default: %(default)s)")
     args = parser.parse_args()
     if args.runs == [Path("bench")]:
         return bench(args)
-    if args.runs[:-1] == [Path("probe")]:
-        return probe(args, args.runs[1])
-    files = [path for run in args.runs for path in sorted([*run.glob("til-*.json"), *run.glob("mts-*.json")])]
+    # A set: a folder and one above it may both be given.
+    files = {path for run in args.runs for path in run.rglob("[tm][it][ls]-*.json")}
     if not files:
         raise ValueError(f"there are no results in {', '.join(map(str, args.runs))}")
-    print(report([data.read(path) for path in files], args.paper))
+    print(report([data.read(path) for path in sorted(files)]))
 
 
 if __name__ == "__main__":

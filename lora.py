@@ -1,7 +1,8 @@
-"""LoRA (Hu et al., arXiv 2106.09685): the modulation theta_t of one task, on each block's query and value.
+"""LoRA (Hu et al., arXiv 2106.09685): the modulation theta_t of one task, and how it is trained.
 
-A frozen projection W x becomes W x + (alpha / r) B A x, with A (r, d) and B (d, r). Joined to one vector,
-theta = w_q(1) (+) w_v(1) (+) .. (+) w_q(L) (+) w_v(L), where each w is A, then B (paper, section 3.1).
+A frozen projection W x becomes (W + (alpha / r) B A) x, with A (r, d) and B (d, r). Joined to one
+vector, theta = w_q(1) (+) w_v(1) (+) .. (+) w_q(L) (+) w_v(L), where each w is A, then B (paper,
+section 3.1).
 
     lora.add(vit, rank=8); theta = lora.get(vit); lora.set(vit, theta_hat)
 """
@@ -9,6 +10,11 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+
+from vit import prepare
+
+WEIGHT_DECAY = 0.1                                              # paper, A.2
 
 
 class LoRALinear(nn.Module):
@@ -16,41 +22,55 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, rank, alpha):
         super().__init__()
-        self.base, self.scale = base, alpha / rank
-        self.A = nn.Parameter(torch.zeros(rank, base.in_features, device=base.weight.device))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.weight.device))
+        device = base.weight.device
+        self.base = base
+        self.scale = alpha / rank
+        self.A = nn.Parameter(torch.zeros(rank, base.in_features, device=device))
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+
+    def modulated_weight(self):
+        """W + (alpha / r) B A (d_out, d), in the dtype of W."""
+        W = self.base.weight
+        return (W + self.scale * self.B @ self.A).to(W.dtype)
 
     def forward(self, x):                                       # (.., d) -> (.., d_out)
-        rows, A, B = x.flatten(0, -2), self.A.to(x.dtype), self.B.to(x.dtype)       # (n, d)
-        # W x + (alpha / r) B A x. addmm_ adds within the product: training is 2 to 3 % faster on a GPU.
-        y = self.base(rows).addmm_(rows @ A.T, B.T, alpha=self.scale)
-        return y.view(*x.shape[:-1], -1)
+        return F.linear(x, self.modulated_weight(), self.base.bias)
+
+
+def targets(vit):
+    """The layers that are modulated, in theta's order, as pairs (module, name of its layer)."""
+    return [(block.attn, name) for block in vit.blocks for name in ("query", "value")]
 
 
 def adapters(vit):
-    """The LoRALinear layers in theta's order: query and value of block 1, of block 2, .."""
-    return [layer for block in vit.blocks for layer in (block.attn.query, block.attn.value)]
+    """The LoRALinear layers, in theta's order."""
+    return [getattr(module, name) for module, name in targets(vit)]
 
 
 def parameters(vit):
-    """A and B of every adapter, in theta's order: what the optimizer trains."""
+    """A and B of every adapter, in theta's order."""
     return [weight for layer in adapters(vit) for weight in (layer.A, layer.B)]
 
 
 def add(vit, rank=8, alpha=8, generator=None):
-    """Wraps query and value of every block, with a random theta (see `init`). Keep alpha when you change the
-    rank, as Hu et al. do: the factor 1 / r makes up for the growth of B A with r."""
-    for block in vit.blocks:
-        block.attn.query = LoRALinear(block.attn.query, rank, alpha)
-        block.attn.value = LoRALinear(block.attn.value, rank, alpha)
+    """Wraps query and value of every block, with a random theta (see `init`).
+
+    Keep alpha when you change the rank, as Hu et al. do: the factor 1 / r makes up for the growth
+    of B A with r.
+    """
+    for module, name in targets(vit):
+        base = getattr(module, name)
+        setattr(module, name, LoRALinear(base, rank, alpha))
     init(vit, generator)
 
 
 @torch.no_grad()
 def init(vit, generator=None):
-    """Algorithm 1, line 5: a random theta, drawn on the CPU. A is Kaiming-uniform, and B is zero."""
+    """Algorithm 1, line 5: a random theta. A is Kaiming-uniform, and B is zero."""
     for layer in adapters(vit):
-        A = nn.init.kaiming_uniform_(torch.empty(layer.A.shape), a=math.sqrt(5), generator=generator)
+        # Drawn on the CPU, so that every device begins with the same theta.
+        A = torch.empty(layer.A.shape)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         layer.A.copy_(A)
         layer.B.zero_()
 
@@ -58,33 +78,151 @@ def init(vit, generator=None):
 @torch.no_grad()
 def get(vit):
     """theta: a copy of all adapter weights as one vector (P,), float32, P = L * 2 * 2 * r * d."""
-    return torch.cat([weight.flatten() for weight in parameters(vit)])
+    return nn.utils.parameters_to_vector(parameters(vit))
 
 
 @torch.no_grad()
 def set(vit, theta):
-    """Copies theta (P,) into the adapters. RuntimeError for another length."""
+    """Copies theta (P,) into the adapters. ValueError if it has another shape or is not finite."""
     weights = parameters(vit)
-    for weight, part in zip(weights, theta.split([weight.numel() for weight in weights])):
+    sizes = [weight.numel() for weight in weights]
+    P = sum(sizes)
+    # The largest of NaN logits is class 0, and would be counted as an answer.
+    if theta.shape != (P,) or not theta.isfinite().all():
+        raise ValueError(f"theta must be {P} finite numbers, but it is {theta}, of shape "
+                         f"{tuple(theta.shape)}: did a memory recall it?")
+    # Not PyTorch's vector_to_parameters: it would make the weights views of theta, and a CUDA graph
+    # reads them only where they were when it was made.
+    parts = theta.split(sizes)
+    for weight, part in zip(weights, parts):
         weight.copy_(part.view_as(weight))
 
 
 def split_key(theta):
-    """theta (P,) -> k_t, its first 10 %, and the rest, which the paper writes theta_t / k_t (section 3.1).
-    A recalled theta begins with the key. So for another key, reorder theta in `get` and `set`."""
+    """theta (P,) -> k_t, its first 10 %, and the rest, which the paper writes theta_t / k_t (3.1).
+
+    A recalled theta begins with the key. So for another key, reorder theta in `get` and `set`.
+    """
     n = math.floor(0.1 * len(theta))
-    return theta[:n].clone(), theta[n:].clone()                 # copies: a view is saved with all of theta
+    key, value = theta[:n], theta[n:]
+    return key.clone(), value.clone()       # a view would keep all of theta in memory
 
 
 @torch.no_grad()
 def merge(vit):
-    """Adds (alpha / r) B A to each W and removes the adapters: the same function, in one plain ViT."""
+    """Adds (alpha / r) B A to each W and removes the adapters: a plain ViT, the same function."""
     for layer in adapters(vit):
-        layer.base.weight += layer.scale * layer.B @ layer.A
+        layer.base.weight.copy_(layer.modulated_weight())
     remove(vit)
 
 
 def remove(vit):
     """Takes the adapters off: the substrate is what it was before `add`."""
-    for block in vit.blocks:
-        block.attn.query, block.attn.value = block.attn.query.base, block.attn.value.base
+    for module, name in targets(vit):
+        layer = getattr(module, name)
+        setattr(module, name, layer.base)
+
+
+# ---- training a modulation ---------------------------------------------------------------------
+class Head(nn.Linear):
+    """The classifier on the class token, in float32: (n, d) -> logits (n, classes)."""
+
+    def forward(self, tokens):
+        return super().forward(tokens.float())
+
+    @torch.no_grad()
+    def init(self, generator):
+        """Small random weights, drawn on the CPU, and no bias."""
+        weight = torch.empty(self.weight.shape)
+        nn.init.normal_(weight, std=0.02, generator=generator)
+        self.weight.copy_(weight)
+        self.bias.zero_()
+
+
+class Classifier(nn.Module):
+    """What is trained: a ViT with LoRA, and a head. plain: without CUDA graphs."""
+
+    def __init__(self, vit, n_classes, plain):
+        super().__init__()
+        self.vit = vit
+        self.head = Head(vit.config.width, n_classes, device=vit.cls_token.device)
+        self.plain = plain
+        self.graphs = {}                    # batch size -> the network as a CUDA graph
+
+    def forward(self, images, flip=None, crop=None):
+        """Logits (B, n_classes) for uint8 images (B, 3, h, w); flip and crop as in vit.prepare."""
+        x = prepare(images, self.vit, flip, crop)
+        if self.plain:
+            return self.head(self.vit(x))
+        # The kernels are so small that to start them one by one takes longer than to run them. A
+        # CUDA graph starts all at once. The one of a batch size serves every task, since the
+        # weights of all tasks are written to the same place.
+        if len(x) not in self.graphs:
+            network = nn.Sequential(self.vit, self.head)
+            self.graphs[len(x)] = torch.cuda.make_graphed_callables(network, (x.clone(),))
+        return self.graphs[len(x)](x)
+
+    def init(self, generator):
+        """A random theta and a random head."""
+        init(self.vit, generator)
+        self.head.init(generator)
+
+
+def flips(n, generator):
+    """Which of n images are mirrored in an epoch: a list of one tensor, bool (n,)."""
+    return [torch.rand(n, generator=generator) < 0.5]
+
+
+def flips_and_crops(n, generator, smallest=0.35):
+    """[flip (n,), crop (n, 3)], as in vit.prepare; areas of crops are uniform in [smallest, 1]."""
+    area = smallest + (1 - smallest) * torch.rand(n, 1, generator=generator)
+    side = area.sqrt()
+    # The centre may be anywhere where the square stays inside the image.
+    centre = (1 - side) * (2 * torch.rand(n, 2, generator=generator) - 1)
+    crop = torch.cat([side, centre], dim=1)
+    return flips(n, generator) + [crop]
+
+
+def batches(n, batch_size, views, generator, device):
+    """The batches of an epoch, in random order: indices of images, then how each is seen."""
+    order = torch.randperm(n, generator=generator)
+    columns = [order, *views(n, generator)]
+    return zip(*(column.to(device).split(batch_size) for column in columns))
+
+
+def fit(classifier, images, labels, epochs, batch_size, lr, generator, views=flips,
+        label_smoothing=0.0, report=None):
+    """Trains theta and the head to predict the labels (n,) of uint8 images (n, 3, h, w).
+
+    lr: the learning rate at the start and at the end. views(n, generator) draws how the images are
+    seen in an epoch. report(epoch, loss, accuracy in percent) is called after each. Returns the
+    last loss and accuracy. ValueError if the loss is not finite.
+    """
+    n = len(labels)
+    # A, B and the head: W is frozen.
+    weights = [weight for weight in classifier.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr[0], weight_decay=WEIGHT_DECAY, fused=True)
+    steps = epochs * math.ceil(n / batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=lr[1])
+    for epoch in range(epochs):
+        losses = []
+        hits = []
+        for batch, *view in batches(n, batch_size, views, generator, labels.device):
+            y = labels[batch]
+            logits = classifier(images[batch], *view)           # (B, n_classes)
+            loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            # Kept where they are until the epoch is over: a GPU waits when a number is fetched.
+            losses.append(len(y) * loss.detach())
+            hits.append(logits.argmax(1) == y)
+        mean_loss = torch.stack(losses).sum().item() / n
+        accuracy = 100 * torch.cat(hits).float().mean().item()
+        # Better one line here than, at the end, an accuracy of chance.
+        if not math.isfinite(mean_loss):
+            raise ValueError(f"the loss is {mean_loss}: look at the pictures and the weights")
+        if report:
+            report(epoch, mean_loss, accuracy)
+    return mean_loss, accuracy

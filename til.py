@@ -1,315 +1,432 @@
-"""Task-incremental learning (TIL), Algorithms 1 and 2 of the paper (A.1): the task is known at inference.
+"""Task-incremental learning (TIL), Algorithms 1 and 2 of the paper (A.1): the task is known.
 
-    python til.py                                                     # glyphs: half a minute on a CPU
-    python til.py --dataset cifar100 --splits 20 --memory hopfield    # the paper's C100-20S, on a GPU
-    python til.py --predict picture.png --task 3                      # Algorithm 2 on one picture
+    python til.py                                                   # glyphs: 40 s on a CPU
+    python til.py --dataset cifar100 --splits 20 --memory hopfield  # the paper's C100-20S
+    python til.py --predict picture.png --task 3                    # Algorithm 2 on one picture
 
-The files of a run are in a folder of runs/. Repeat a command to resume it; torchrun divides the tasks.
+What is trained is kept in a folder of runs/: a command that was stopped goes on where it was.
 """
 import copy
 import math
 import os
+import re
 import sys
 import time
 import warnings
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 import data
 import evaluate
 import lora
 import vit as substrate
 
-LR, LR_END, WEIGHT_DECAY = 0.005, 0.0001, 0.1                   # paper, A.2
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+LR = (0.005, 0.0001)                            # at the start, at the end (paper, A.2)
+PICTURED = ("gt", "recalled", "local", "strict", "none")
+NOISE = (0, 0.1, 0.3, 1, 3, 10, 30)             # of keys, in multiples of their root mean square
 
 
-# ---- the two algorithms --------------------------------------------------------------------------
+# ---- the two algorithms ------------------------------------------------------------------------
 def til_training(tasks, train, memory, learn):
-    """Algorithm 1, with its line numbers: returns M_T and K_T. tasks: the classes of each task;
-    learn(t, images, labels) -> theta_t (P,)."""
+    """Algorithm 1, with its line numbers: returns M_T and K_T.
+
+    tasks: the classes of each task; learn(t, images, labels) -> theta_t (P,), t from 0.
+    """
     keys = []                                                   # 2: K_0 is empty, and so is M_0
-    for t, classes in enumerate(tasks, 1):                      # 3
+    for t, classes in enumerate(tasks):                         # 3
         images, labels = data.task(train, classes)              # 4: D_t, and nothing of other tasks
-        theta = learn(t, images, labels)                        # 5, 6: random, then trained by AdamW
+        theta = learn(t, images, labels)                        # 5, 6: random, then trained
         key, value = lora.split_key(theta)                      # 7: k_t, in A.1 v_t; and the rest
         keys.append(key)                                        # 8
         memory.write(key, value)                                # 9
     return memory, keys                                         # 11
 
 
-@torch.no_grad()
 def til_inference(vit, head, images, key, memory):
-    """Algorithm 2: logits (n, classes of a task) for uint8 images (n, 3, h, w) of the task with this key."""
+    """Algorithm 2: logits (n, classes of a task) for uint8 images (n, 3, h, w) of a task."""
     theta_hat = memory.read(key)                                # 3
-    lora.set(vit, theta_hat)
-    return head(substrate.features(vit, images))                # 5: y_hat = C(x; W, theta_hat)
+    return classify(vit, head, images, theta_hat)               # 5: y_hat = C(x; W, theta_hat)
 
 
-class Classifier(nn.Module):
-    """C(x; W, theta): a ViT with LoRA, and a head on its class token."""
-
-    def __init__(self, vit, n_classes, plain):
-        super().__init__()
-        self.vit, self.plain, self.graphs = vit, plain, {}
-        self.head = substrate.Head(vit.config.width, n_classes, device=vit.cls_token.device)
-
-    def forward(self, images, *view):
-        """Logits (B, n_classes) for uint8 images (B, 3, h, w), seen as `view` says (see vit.prepare)."""
-        return self.head(self.vit(substrate.prepare(images, self.vit, *view)).float())
-
-    def logits(self, *inputs):
-        """The same as forward; but unless plain, it replays a CUDA graph, which is faster."""
-        if self.plain:
-            return self(*inputs)
-        size = len(inputs[0])                                   # of the batch; one graph for each
-        if size not in self.graphs:
-            wrapper = nn.ModuleList([self])                     # the graph replaces its forward, not ours
-            wrapper.forward, sample = self.forward, tuple(x.clone() for x in inputs)
-            self.graphs[size] = torch.cuda.make_graphed_callables(wrapper, sample)
-        return self.graphs[size](*inputs)
+@torch.no_grad()
+def classify(vit, head, images, theta):
+    """C(x; W, theta): logits (n, outputs of the head) for uint8 images (n, 3, h, w)."""
+    # Whoever classifies brings the theta: it does not matter which one was in the ViT before.
+    lora.set(vit, theta)
+    return head(substrate.features(vit, images))
 
 
-def flips(n, generator):
-    """How n images are seen in an epoch: (mirrored,), bool (n,)."""
-    return (torch.rand(n, generator=generator) < 0.5,)
+# ---- one seed: its tasks, its network, its folder ----------------------------------------------
+def train_modulation(run, t, images, labels):
+    """Lines 5 and 6 of Algorithm 1: theta_t and its head, which depend on the seed and t alone."""
+    args = run.args
+    start = time.perf_counter()
+    generator = data.generator(run.seed, t + 1)                 # (seed, 0) is for theta_0
+    run.classifier.init(generator)                              # 5
+    # A task is small enough to lie on the GPU as a whole, as uint8.
+    images = images.to(args.device)
+    labels = labels.to(args.device)
+    loss, accuracy = lora.fit(                                  # 6
+        run.classifier, images, labels, args.epochs, args.batch_size, LR, generator)
+    return {
+        "theta": lora.get(run.vit).cpu(),
+        "head": run.classifier.head.state_dict(),
+        "loss": loss,
+        "accuracy": accuracy,
+        "seconds": time.perf_counter() - start}
 
 
-def fit(logits, parameters, x, y, epochs, batch_size, generator, lr=LR, views=flips, smoothing=0.0,
-        report=lambda *_: None):
-    """Trains the parameters so that logits(x, *view) predict the labels y (n,) of the items x (n, ..).
-
-    AdamW with a cosine decay of its rate. views(n, generator) draws how the items are seen in an epoch;
-    smoothing: of the labels. Calls report(epoch, loss, accuracy in percent) after each; returns the last two.
-    """
-    optimizer = torch.optim.AdamW(parameters, lr, weight_decay=WEIGHT_DECAY, fused=True)
-    steps = epochs * math.ceil(len(y) / batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=LR_END)
-    for epoch in range(1, epochs + 1):
-        totals = torch.zeros(2, device=y.device)                # of the loss and of right answers
-        order = torch.randperm(len(y), generator=generator).to(y.device)
-        view = [part.to(y.device).split(batch_size) for part in views(len(y), generator)]
-        for batch, *seen in zip(order.split(batch_size), *view):
-            output = logits(x[batch], *seen)                    # (B, n_classes)
-            loss = nn.functional.cross_entropy(output, y[batch], label_smoothing=smoothing)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            totals += torch.stack([loss.detach() * len(batch), (output.argmax(1) == y[batch]).sum()])
-        loss, accuracy = (totals / len(y)).tolist()
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} in epoch {epoch}: look at pictures and weights, lower LR")
-        report(epoch, loss, 100 * accuracy)
-    return loss, 100 * accuracy
+def describe(args, train, vit):
+    """All that the modulations of a run depend on, except for the seed."""
+    options = ("dataset splits backbone image_size rank alpha epochs batch_size validate "
+               "plain device dtype")
+    # Evaluation, memories and terminal are not in it: to change those, nothing is trained again.
+    code = (substrate, lora, train_modulation,
+            data.split, data.task, data.task_labels, data.generator)
+    return {option: getattr(args, option) for option in options.split()} | {
+        "lr": LR,
+        "weight_decay": lora.WEIGHT_DECAY,
+        "images": data.digest(train.images, train.labels),
+        "weights": data.digest(*vit.parameters()),
+        "code": data.code_digest(*code)}
 
 
 class Run:
-    """The tasks, the network and the folder of one seed. What the folder holds is not made again."""
+    """One seed. Its folder keeps every modulation, and is named after all that they depend on.
+
+    So other options, images, weights or code begin another folder, and what is found fits.
+    """
 
     def __init__(self, args, seed, train, test):
-        self.args, self.seed, self.train, self.test = args, seed, train, test
+        self.args = args
+        self.seed = seed
+        self.train = train
+        self.test = test
         self.tasks = data.split(len(train.classes), args.splits, seed)
         self.vit = substrate.load(args.backbone, args.weights, args.image_size)
-        self.vit.to(args.device, torch.float32 if args.plain else torch.bfloat16)
-        lora.add(self.vit, args.rank, args.alpha)               # adapters and heads are always float32
-        self.classifier = Classifier(self.vit, len(self.tasks[0]), args.plain)
-        self.empty_memory = evaluate.make_memory(args.memory, len(lora.get(self.vit)))
-        self.folder = args.out / f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}"
-        self.memory_name = args.memory.replace(":", "-")        # in the names of files
-        options = "dataset splits backbone image_size rank alpha epochs batch_size validate plain".split()
-        self.config = {option: getattr(args, option) for option in options} | {
-            "seed": seed, "class_order": self.tasks, "lr": [LR, LR_END], "weight_decay": WEIGHT_DECAY,
-            "weights": self.vit.digest, "images": data.digest(train.images),
-            "code of til.py": data.digest(sys.modules[Run.__module__]),
-            "code of data.py": data.digest(data.task, data.task_labels, data.generator)}
-        self.config |= {f"code of {file.__name__}.py": data.digest(file) for file in (substrate, lora)}
-        found = len([*self.folder.glob("adapters/*.pt")])
-        if not found or self.find("config.json") is None:       # `find` refuses other options and other code
-            data.save(self.folder / "config.json", self.config)
-        print(f"P = {len(lora.get(self.vit))}; {found} of {args.splits} tasks found in {self.folder}"
-              + ", not trained again" * (found > 0))
+        self.config = describe(args, train, self.vit)
+        self.digest = data.digest(self.config)
+        self.vit.to(args.device)
+        # W alone: bfloat16's 8 bits are too few for mean and std, and for the steps of AdamW, so
+        # that adapters and heads stay float32, too.
+        for weight in self.vit.parameters():
+            weight.data = weight.data.to(getattr(torch, args.dtype))
+        lora.add(self.vit, args.rank, args.alpha)
+        self.classifier = lora.Classifier(self.vit, len(self.tasks[0]), args.plain)
+        self.P = len(lora.get(self.vit))
+        experiment = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}"
+        self.folder = args.out / f"{experiment}-seed{seed}-{self.digest}"
+        data.save(self.folder / "config.json", self.config)
+        found = sum(self.path(t).exists() for t in range(args.splits))
+        again = ", not trained again" if found else ""
+        print(f"P = {self.P}; {found} of {args.splits} tasks found in {self.folder}{again}")
 
-    def find(self, name, **more):
-        """The content of a file of this run, or None. ValueError if other options or code made it."""
-        path = self.folder / name
-        if not path.exists():
-            return None
-        content = data.read(path)
-        made_with = content.get("made_with", content)
-        for option, value in (self.config | more).items():
-            if made_with.get(option) != value:
-                raise ValueError(f"{path} was made with {option} {made_with.get(option)}, this command has "
-                                 f"{value}: change it back, name another --out, or remove {self.folder}")
-        return content
-
-    def save(self, name, content, **more):
-        """Writes a file that `find` finds."""
-        data.save(self.folder / name, content | {"made_with": self.config | more})
+    def path(self, t):
+        """The file of theta_t and its head."""
+        return self.folder / f"adapters/{t}.pt"
 
     def learn(self, t, images, labels):
-        """theta_t (P,): found in the folder, or trained. It depends on the seed and t alone."""
-        name, args, vit, head = f"adapters/{t}.pt", self.args, self.vit, self.classifier.head
-        if found := self.find(name, t=t):
-            return found["theta"]
-        start, generator = time.perf_counter(), data.generator(self.seed, t)
-        lora.init(vit, generator)                               # line 5 of Algorithm 1; `fit` is line 6
-        head.init(generator)
-        parameters = [*lora.parameters(vit), *head.parameters()]
-        loss, accuracy = fit(self.classifier.logits, parameters, images.to(args.device),
-                             labels.to(args.device), args.epochs, args.batch_size, generator)
-        theta, seconds = lora.get(vit).cpu(), time.perf_counter() - start
-        self.save(name, {"theta": theta, "head": head.state_dict(), "seconds": seconds}, t=t)
-        print(f"task {t:3}/{args.splits}  loss {loss:.4f}  train accuracy {accuracy:6.2f} %  "
-              f"{args.epochs * len(labels) / seconds:,.0f} images/s  "
-              f"{(args.splits - t) * seconds / WORLD:.0f} s left", flush=True)
-        return theta
+        """theta_t (P,) for Algorithm 1: found in the folder, or trained and kept there."""
+        if not self.path(t).exists():
+            made = train_modulation(self, t, images, labels)
+            data.save(self.path(t), made)
+            images_seen = self.args.epochs * len(labels)
+            print_training("task", t + 1, len(self.tasks), made["loss"], made["accuracy"],
+                           images_seen, made["seconds"])
+        # From the file even if it is new: a command and its repetition read the same.
+        return self.modulation(t)["theta"]
 
-    def trained(self, t):
-        """What is kept of task t (1..T): theta_t (P,), its head, and the seconds that it took."""
-        content, head = self.find(f"adapters/{t}.pt", t=t), copy.deepcopy(self.classifier.head)
-        head.load_state_dict(content["head"])
-        return content["theta"], head, content["seconds"]
+    def modulation(self, t):
+        """What train_modulation returned, read from the folder."""
+        return data.read(self.path(t))
 
-    def remember(self):
-        """The memory M_T and the keys K_T: found in the folder, or made by Algorithm 1."""
-        memory, path = self.empty_memory, self.folder / f"{self.memory_name}.pt"
-        code = data.digest(sys.modules[type(memory).__module__], til_training)
-        made_by = {"memory": self.args.memory, "code": code}
-        if path.exists() and data.read(path).get("made_with", {}).get("code") != code:
-            print(f"{path} was made by other code: it is written again")
-        elif len([*self.folder.glob("adapters/*.pt")]) == self.args.splits and path.exists():
-            print(f"memory found in {path}, not written again")
-            found = self.find(path.name, **made_by)
-            memory.load_state_dict(found["memory"])
-            return memory, found["keys"]
-        memory, keys = til_training(self.tasks, self.train, memory, self.learn)
-        self.save(path.name, {"memory": memory.state_dict(), "keys": keys}, **made_by)
-        return memory, keys
+    def head(self, state):
+        """A new head with these weights, {"weight": .., "bias": ..}."""
+        head = copy.deepcopy(self.classifier.head)
+        head.load_state_dict(state)
+        return head
 
+    def heads(self):
+        """The head of each task. It is kept beside the memory, which stores theta alone."""
+        return [self.head(self.modulation(t)["head"]) for t in range(len(self.tasks))]
 
-# ---- evaluation ----------------------------------------------------------------------------------
-def assess(run, memory, keys, given):
-    """Classifies each test image as one of task given (n,), from 0. Returns the predicted labels (n,) with
-    theta as trained (gt), as recalled, and with each control; and the recall errors, one a task."""
-    thetas, heads, _ = zip(*(run.trained(t) for t in range(1, len(run.tasks) + 1)))
-    mean, names = torch.stack(thetas).mean(0), ("gt", "recalled", *evaluate.CONTROLS)
-    answers, errors = {name: torch.empty_like(given) for name in names}, []
-    for t in data.progress(given.unique().tolist(), "evaluating"):
-        images, others = run.test.images[given == t], {"gt": thetas[t], "mean": mean, "wrong": thetas[t - 1]}
-        logits = {"recalled": til_inference(run.vit, heads[t], images, keys[t], memory)}
-        errors.append(evaluate.recall_error(lora.get(run.vit).cpu(), thetas[t]))
-        for name, theta in (others | {"none": 0 * mean}).items():
-            lora.set(run.vit, theta)
-            tokens = substrate.features(run.vit, images)
-            logits[name] = heads[t](tokens)
-        logits["linear"] = linear_head(run, t)(tokens)          # `none` came last: theta is 0
-        for name, values in logits.items():
-            answers[name][given == t] = values.argmax(1).cpu()
-    return answers, errors
+    def fill_memory(self):
+        """Algorithm 1. The memory is written anew by each command: no file of it can be stale."""
+        memory = evaluate.make_memory(self.args.memory, self.P)
+        return til_training(self.tasks, self.train, memory, self.learn)
+
+    def save_result(self, name, result):
+        """Writes the figures of a run, with what it was about, as <name>.json, and a picture."""
+        device = f"CPU, {torch.get_num_threads()} threads"
+        if self.args.device == "cuda":
+            device = torch.cuda.get_device_name()
+        about = {"setting": name[:3], "memory": self.args.memory, "seed": self.seed,
+                 "digest": self.digest, "device": device}
+        result = self.config | about | result
+        name = re.sub(r"[^\w.,=+-]", "-", name)                 # what a file system may dislike
+        data.save(self.folder / f"{name}.json", result)
+        shown = {way: line for way, line in result["per_task"].items() if way in PICTURED}
+        tasks = range(1, len(self.tasks) + 1)
+        evaluate.plot(self.folder / f"{name}.svg", "accuracy of each task in %", shown, tasks)
+        return result
 
 
-def linear_head(run, t):
-    """The control `linear`: a head for task t (from 0), trained without flips on a ViT with theta = 0."""
-    images, labels = data.task(run.train, run.tasks[t])
-    x, generator = substrate.features(run.vit, images).cpu(), data.generator(run.seed, t + 1)
-    head = copy.deepcopy(run.classifier.head).cpu()             # for so small products, a CPU is faster
-    head.init(generator)
-    fit(lambda x, _: head(x), head.parameters(), x, labels, run.args.epochs, run.args.batch_size, generator)
-    return head.to(run.args.device)
+def print_training(what, done, total, loss, accuracy, images_seen, seconds):
+    """A line for a task, or an epoch of the predictor, which took so many seconds."""
+    print(f"{what} {done:3}/{total}  loss {loss:.4f}  train accuracy {accuracy:6.2f} %  "
+          f"{images_seen / seconds:,.0f} images/s  {(total - done) * seconds:.0f} s left",
+          flush=True)
 
 
-def results(run):
-    """Algorithm 1, then Algorithm 2 on all test images; writes til-<memory>.json and returns its content."""
+# ---- evaluation --------------------------------------------------------------------------------
+def ways_to_classify(run, memory, keys):
+    """{name: function (t, images) -> logits}: each classifies images as ones of task t.
+
+    With theta as trained (gt) and as recalled; and the controls, which show what theta is worth.
+    """
+    vit = run.vit
+    heads = run.heads()
+    linear_heads = fit_linear_heads(run)
+    thetas = [run.modulation(t)["theta"] for t in range(len(keys))]
+    mean_theta = torch.stack(thetas).mean(0)                    # (P,)
+    zero = torch.zeros(run.P)
+
+    def gt(t, images):                                          # ground truth, in the paper
+        return classify(vit, heads[t], images, thetas[t])
+
+    def recalled(t, images):
+        return til_inference(vit, heads[t], images, keys[t], memory)
+
+    def mean(t, images):
+        return classify(vit, heads[t], images, mean_theta)
+
+    def wrong(t, images):                                       # the task before; of 0, the last
+        return classify(vit, heads[t], images, thetas[t - 1])
+
+    def none(t, images):
+        return classify(vit, heads[t], images, zero)
+
+    def linear(t, images):                                      # a head that never saw a theta
+        return classify(vit, linear_heads[t], images, zero)
+
+    return {way.__name__: way for way in (gt, recalled, mean, wrong, none, linear)}
+
+
+def fit_linear_heads(run):
+    """For each task, a head on the class tokens of the bare substrate."""
+    lora.set(run.vit, torch.zeros(run.P))
+    heads = []
+    for classes in run.tasks:
+        images, labels = data.task(run.train, classes)
+        # Computed once, as W is frozen. A CPU is quicker than a GPU with matrices this small.
+        tokens = substrate.features(run.vit, images).cpu().double()
+        weight, bias = evaluate.logistic_regression(tokens, labels, len(classes))
+        heads.append(run.head({"weight": weight, "bias": bias}))
+    return heads
+
+
+def answers(images, task_ids, way):
+    """The label within its task, from 0, that a way gives each image, taken as of its task (n,)."""
+    labels = torch.empty_like(task_ids)
+    # The images of a task together, so that its modulation is loaded once.
+    for t in task_ids.unique().tolist():
+        of_task_t = task_ids == t
+        logits = way(t, images[of_task_t])
+        labels[of_task_t] = logits.argmax(1).cpu()
+    return labels
+
+
+def recall_errors(run, memory, keys):
+    """|theta_hat - theta| / |theta| of each task."""
+    errors = []
+    for t, key in enumerate(data.progress(keys, "recalling")):
+        theta = run.modulation(t)["theta"]
+        errors.append(evaluate.recall_error(memory.read(key), theta))
+    return errors
+
+
+def test(run):
+    """Algorithm 1, then 2 on all test images; writes til-<memory>.json and returns its content."""
     start = time.perf_counter()
-    memory, keys = run.remember()
+    memory, keys = run.fill_memory()
     task_ids, labels = data.task_labels(run.test, run.tasks)
-    answers, errors = assess(run, memory, keys, task_ids)
-    hits = {name: answer == labels for name, answer in answers.items()}
-    seconds = sum(run.trained(t)[2] for t in range(1, run.args.splits + 1))
-    rate = run.args.epochs * len(run.train.labels) / seconds
-    return evaluate.write_result(run, "til", hits, task_ids, errors, start, images_per_second=rate)
+    hits = {}
+    for name, way in data.progress(ways_to_classify(run, memory, keys).items(), "testing"):
+        hits[name] = answers(run.test.images, task_ids, way) == labels
+    result = evaluate.figures(hits, task_ids, recall_errors(run, memory, keys))
+    # Of the training, even if an earlier command did it.
+    seconds = sum(run.modulation(t)["seconds"] for t in range(len(keys)))
+    return run.save_result(f"til-{run.args.memory}", result | {
+        "drop": result["faa_gt"] - result["faa"],
+        "images_per_second": run.args.epochs * len(run.train.labels) / seconds,
+        "wall_seconds": time.perf_counter() - start})
 
 
 def predict(run):
     """Algorithm 2 on a picture file."""
-    image, t = data.picture(run.args.predict, run.vit.image_size)[None], run.args.task or 0
-    if not 1 <= t <= len(run.tasks):
+    if run.args.task not in range(1, len(run.tasks) + 1):
         raise ValueError(f"--predict needs --task, from 1 to {len(run.tasks)}")
-    memory, keys = run.remember()
-    print_classes(run, t, til_inference(run.vit, run.trained(t)[1], image, keys[t - 1], memory))
+    t = run.args.task - 1
+    image = data.picture(run.args.predict, run.vit.image_size)[None]
+    memory, keys = run.fill_memory()
+    print_classes(run, t, til_inference(run.vit, run.heads()[t], image, keys[t], memory))
 
 
 def print_classes(run, t, logits):
-    """The classes of task t (1..T) by name, with their probabilities; logits (1, classes of the task)."""
-    for probability, label in sorted(zip(logits.softmax(1)[0].tolist(), run.tasks[t - 1]), reverse=True):
-        print(f"{100 * probability:6.2f} %  {run.train.classes[label]}")
+    """The classes of task t by name, with their probabilities; logits (1, classes of the task)."""
+    probabilities = logits.softmax(1)[0].tolist()
+    for p, label in sorted(zip(probabilities, run.tasks[t]), reverse=True):
+        print(f"{100 * p:6.2f} %  {run.train.classes[label]}")
 
 
+def probe(run):
+    """What memories recall as they fill up, then from noisy keys: probe.json and probe.svg."""
+    _, keys = run.fill_memory()
+    T = len(keys)
+    rows = []
+    for name in run.args.probe:
+        memory = evaluate.make_memory(name, run.P)
+        for n in range(1, T + 1):
+            theta = run.modulation(n - 1)["theta"]
+            memory.write(*lora.split_key(theta))
+            # As it fills up, four times from exact keys; full, also from noisy ones.
+            levels = NOISE if n == T else (0,)
+            if n % math.ceil(T / 4) == 0 or n == T:
+                rows += [recall_with_noise(run, name, memory, keys[:n], noise) for noise in levels]
+    data.save(run.folder / "probe.json", {"rows": rows})
+    full = {name: [] for name in run.args.probe}
+    for row in rows:
+        if row["stored"] == T:
+            full[row["memory"]].append(row["faa"])
+    evaluate.plot(run.folder / "probe.svg", "FAA in %, by noise / rms of a key", full, NOISE)
+
+
+def recall_with_noise(run, name, memory, keys, noise):
+    """A row of `probe`: mean recall error and FAA of the tasks with these keys, made noisy."""
+    # The same draws for every memory and level: what differs between rows is not luck.
+    draws = torch.randn(len(keys), len(keys[0]), generator=data.generator(0))
+    errors = []
+    accuracies = []
+    for t, (key, head) in enumerate(zip(keys, run.heads())):
+        rms = key.square().mean().sqrt()
+        theta_hat = memory.read(key + noise * rms * draws[t])
+        images, labels = data.task(run.test, run.tasks[t])
+        logits = classify(run.vit, head, images, theta_hat)
+        errors.append(evaluate.recall_error(theta_hat, run.modulation(t)["theta"]))
+        accuracies.append(evaluate.percent(logits.argmax(1).cpu() == labels))
+    row = {"memory": name, "stored": len(keys), "noise": noise,
+           "error": evaluate.faa(errors), "faa": evaluate.faa(accuracies)}
+    print("{memory:20} T {stored:3}  noise {noise:4}  error {error:.4f}  FAA {faa:.2f}"
+          .format(**row), flush=True)
+    return row
+
+
+# ---- command line ------------------------------------------------------------------------------
 def options(description):
     """A parser with the options that til.py and mts.py share."""
     parser = data.parser(description)
     add = parser.add_argument
+    usual = evaluate.usual("cifar100")
+    glyphs = evaluate.usual("glyphs")
     add("--dataset", choices=data.LOADERS, default="glyphs", help="default: %(default)s")
     add("--splits", type=int, default=20, help="number of tasks T (default: %(default)s)")
-    add("--memory", default="hopfield", help="NAME[:OPTION=VALUE,..], a memory and options of its class")
+    add("--memory", default="hopfield", metavar="NAME[:OPTION=VALUE,..]",
+        help="the class NAME of NAME.py, and its options (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], help="one run each (default: 0)")
     add("--validate", action="store_true", help="test on a tenth of the training images, held out")
-    add("--backbone", choices=substrate.CONFIGS, help="default: vit_micro for glyphs, else vit_ti_16")
-    add("--weights", type=Path, help="weights file of the backbone (default: shipped or downloaded)")
-    add("--image-size", type=int, help="side of the input (default: 32 for glyphs, else the backbone's)")
-    add("--rank", type=int, default=8, help="rank r of LoRA (default: %(default)s)")
-    add("--alpha", type=int, default=8, help="LoRA's scale is alpha / r (default: %(default)s)")
-    add("--epochs", type=int, default=3, help="epochs a task (default: %(default)s)")
-    add("--batch-size", type=int, help="default: 6 for glyphs, else 64")
-    add("--data-dir", type=Path, default="data", help="folder of the data sets (default: %(default)s)")
-    add("--out", type=Path, default="runs", help="folder of the run folders (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: a GPU, if any")
-    add("--plain", action="store_true", help="on a GPU: float32 and no CUDA graph, as on a CPU; slow")
-    add("--predict", type=Path, metavar="PICTURE", help="classify this picture, not the test images")
+    add("--backbone", choices=substrate.CONFIGS,
+        help=f"default: {usual['backbone']}, for glyphs {glyphs['backbone']}")
+    add("--weights", type=Path, help="weights of the backbone (default: shipped or downloaded)")
+    add("--image-size", type=positive,
+        help=f"side of the input (default: the backbone's, for glyphs {glyphs['image_size']})")
+    add("--rank", type=positive, help=f"rank r of LoRA (default: {usual['rank']})")
+    add("--alpha", type=positive, help=f"LoRA's scale is alpha / r (default: {usual['alpha']})")
+    add("--epochs", type=positive, help=f"epochs a task (default: {usual['epochs']})")
+    add("--batch-size", type=positive,
+        help=f"default: {usual['batch_size']}, for glyphs {glyphs['batch_size']}")
+    add("--data-dir", type=Path, default="data", help="of the data sets (default: %(default)s)")
+    add("--out", type=Path, default="runs", help="of the run folders (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: a GPU, if there is one")
+    add("--plain", action="store_true", help="on a GPU: float32, no TF32, no CUDA graph; slow")
+    add("--predict", type=Path, metavar="PICTURE", help="classify a picture, not the test images")
     return parser
 
 
-def main(args, results, predict):
-    """results(run) for each seed, then a table of them; or predict(run)."""
-    glyphs, gpu = args.dataset == "glyphs", args.device != "cpu"
-    args.backbone = args.backbone or ("vit_micro" if glyphs else "vit_ti_16")
-    args.image_size = args.image_size or (32 if glyphs else substrate.CONFIGS[args.backbone].image_size)
-    args.batch_size, args.plain = args.batch_size or (6 if glyphs else 64), args.plain or not gpu
-    print(f"{args.dataset} in {args.splits} tasks; {args.backbone} at {args.image_size} px, LoRA of rank "
-          f"{args.rank}; memory {args.memory}; on {args.device}", flush=True)
-    if min(args.image_size, args.rank, args.epochs, args.batch_size) < 1:
-        raise ValueError("--image-size, --rank, --epochs and --batch-size must be 1 or more")
-    if gpu and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: PyTorch finds no GPU here, use --device cpu")
-    if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) if args.device == "cuda" else args.device)
-    elif args.backbone == "vit_micro":
-        torch.set_num_threads(1)        # it gains nothing from more, and loses much if others use the cores
-    warnings.filterwarnings("ignore", module="torch.autograd")  # about streams, when a graph is made
-    torch.set_float32_matmul_precision("high")
-    torch.use_deterministic_algorithms(True)                    # the same GPU gives the same bits
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+def positive(text):
+    """A whole number from 1 on, for argparse."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def main(args, action):
+    """action(run) for each seed; then a table, if it returned results."""
+    # What is usual depends on the data set, so argparse cannot fill it in.
+    for option, value in evaluate.usual(args.dataset, args.backbone).items():
+        if getattr(args, option, value) is None:
+            setattr(args, option, value)
+    print(f"{args.dataset} in {args.splits} tasks; {args.backbone} at {args.image_size} px, LoRA "
+          f"of rank {args.rank}; memory {args.memory}; on {args.device}", flush=True)
+    set_up_torch(args)
     train, test = data.load(args.dataset, args.data_dir)
-    train, test = data.hold_out(train) if args.validate else (train, test)
-    contents = []
+    if args.validate:
+        train, test = data.hold_out(train)
+    if "LOCAL_RANK" in os.environ:
+        train_share(args, train, test)
+    results = [action(Run(args, seed, train, test)) for seed in args.seeds]
+    if None not in results:
+        print(evaluate.report(results))
+
+
+def train_share(args, train, test):
+    """Under torchrun, each process trains some of the tasks. Then the first one alone goes on."""
+    torch.distributed.init_process_group("gloo")                # only to wait for each other
+    rank = torch.distributed.get_rank()
     for run in (Run(args, seed, train, test) for seed in args.seeds):
-        if WORLD > 1:                                           # torchrun: each process trains its share
-            torch.distributed.is_initialized() or torch.distributed.init_process_group("gloo")
-            for t in range(1 + RANK, args.splits + 1, WORLD):
-                run.learn(t, *data.task(train, run.tasks[t - 1]))
-            torch.distributed.barrier()
-        if RANK == 0:
-            contents.append((predict if args.predict else results)(run))
-    if RANK == 0 and not args.predict:
-        print(evaluate.report(contents))
+        for t in range(rank, len(run.tasks), torch.distributed.get_world_size()):
+            run.learn(t, *data.task(train, run.tasks[t]))
+    torch.distributed.barrier()
+    if rank > 0:
+        sys.exit()
+
+
+def set_up_torch(args):
+    """Deterministic, and fast on the device."""
+    if args.device == "cpu":
+        args.plain = True
+        # vit_micro gains nothing from more threads, and loses much if others use the cores.
+        if args.backbone == "vit_micro":
+            torch.set_num_threads(1)
+    elif torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        raise ValueError("PyTorch finds no GPU here: use --device cpu")
+    # A GPU without a bfloat16 of its own, such as a T4, emulates it, slowly.
+    args.dtype = "float32"
+    if not args.plain and torch.cuda.is_bf16_supported(including_emulation=False):
+        args.dtype = "bfloat16"
+    # TF32, which --plain does without, rounds the factors of float32 products to 11 bits.
+    torch.set_float32_matmul_precision("highest" if args.plain else "high")
+    torch.backends.cudnn.allow_tf32 = not args.plain
+    # The same GPU gives the same bits. It costs 6 % of the time.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    warnings.filterwarnings("ignore", module="torch.autograd")  # about streams, as a graph is made
 
 
 if __name__ == "__main__":
     with data.one_line_errors():
         parser = options(__doc__)
         parser.add_argument("--task", type=int, help="the task (1 to T) of the picture")
-        main(parser.parse_args(), results, predict)
+        parser.add_argument("--probe", nargs="+", metavar="MEMORY",
+                            help="recall as these memories fill up, and with noisy keys")
+        args = parser.parse_args()
+        action = test
+        if args.predict:
+            action = predict
+        elif args.probe:
+            action = probe
+        main(args, action)
