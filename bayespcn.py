@@ -8,8 +8,8 @@ vector. The weights W_l of the prediction are random, too:
     x^l | x^(l+1) ~ N(z W_l, s2 I),  W_l ~ MatrixNormal(R_l, U_l, I)    for l = 0 .. L-2
     x^(L-1)       ~ N(w, s2 I),      w ~ N(r, u I)                      at the top
 
-The memory is what it believes about the weights: their means R_l (H, d_l) and r (H,), and their
-variances U_l (H, H), between rows, and u. With the weights integrated out,
+What is stored is a belief about the weights: the means R_l (H, d_l) and r (H,), the covariances
+U_l (H, H) of the rows of W_l, and the variance u. With the weights integrated out,
 
     x^l ~ N(z R_l, v_l I)  with v_l = s2 + z U_l z^T,   x^(L-1) ~ N(r, v I)  with v = s2 + u
 
@@ -22,8 +22,9 @@ write   x^0 is theta. Descend E over the hidden layers, then update every W_l by
 read    Only the key, the first |k| columns of x^0, is known. Descend E over the hidden layers, then
         predict the other columns by z R_0.
         joint      (Yoo & Wood's way) minimises over the unknown columns, too. They then equal their
-                   prediction and add nothing to the error, but d_0 = P still counts them. So v_0,
-                   and with it theta, comes out too small.
+                   prediction and add nothing to the error, but d_0 = P still counts them. So the
+                   errors of |k| columns stand against P log v_0, which drives v_0 down, and with
+                   it z and the recalled z R_0: theta comes out too small.
         marginal   (ours, the default) integrates the unknown columns out: d_0 = |k|.
 """
 import math
@@ -48,7 +49,7 @@ class BayesPCN:
                  steps=500, read="marginal", seed=0):
         if read not in ("marginal", "joint"):
             raise ValueError(f"read is marginal or joint, not {read}")
-        if min(hidden, steps, layers - 1) < 1:
+        if hidden < 1 or steps < 1 or layers < 2:
             raise ValueError("hidden and steps are 1 or more, and layers 2 or more")
         self.dim = dim
         self.hidden = hidden
@@ -58,7 +59,6 @@ class BayesPCN:
         self.read_mode = read
         self.seed = seed
         self.s2 = sigma_obs ** 2
-        # The prior: before the first write, a unit z predicts noise of variance 1 / width.
         self.u = self.u_prior = sigma_prior ** 2
         self.U_prior = self.u_prior * torch.eye(hidden, dtype=torch.float64)
         widths = [dim] + [hidden] * (layers - 2)                    # d_l
@@ -81,7 +81,7 @@ class BayesPCN:
         """The function z -> |x0 - z R|^2, for x0 (m,), and R the first m columns of R_0.
 
         Multiplied out, it is x0 x0^T - 2 z R x0^T + z (R R^T) z^T. With R x0^T (H,) and R R^T
-        (H, H) computed once, a step of a descent costs O(H^2) instead of O(H m).
+        (H, H) computed once for a descent, a step costs O(H^2) instead of O(H m).
         """
         R = self.R[0][:, :len(x0)]
         x0_x0 = x0 @ x0
@@ -89,11 +89,13 @@ class BayesPCN:
         R_R = R @ R.T
         return lambda z: x0_x0 - 2 * z @ R_x0 + z @ R_R @ z
 
-    def energy(self, x, error_0, d_0):
-        """E at the activations x = [x^0, x^1, ..], each a vector.
+    def energy(self, hidden, error_0, d_0):
+        """E at the hidden activations x^1, x^2, .., the rows of `hidden` (L-1, H).
 
-        error_0(z) is |x^0 - z R_0|^2, over the d_0 columns of x^0 that count.
+        error_0(z) is |x^0 - z R_0|^2, over the columns of x^0 that are known; d_0: how many columns
+        are counted (see `read` above).
         """
+        x = [None, *hidden]                                         # x[l] is x^l; error_0 has x^0
         E = 0
         for l in range(self.layers - 1):                            # x^(l+1) predicts x^l
             z = gelu(x[l + 1])
@@ -107,7 +109,7 @@ class BayesPCN:
         error = (x[-1] - self.r).square().sum()
         return E + minus_log_normal(error, v, self.hidden)
 
-    @torch.enable_grad()                    # those who classify have turned gradients off
+    @torch.enable_grad()                    # works under torch.no_grad(), too
     def descend(self, x0, d_0, stream):
         """The hidden activations (L-1, H) that explain x0, by Adam on E from noise."""
         hidden = self.noise(stream, self.layers - 1, self.hidden).requires_grad_()
@@ -120,9 +122,10 @@ class BayesPCN:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         for step in range(self.steps):
-            E = self.energy([x0, *hidden], error_0, d_0)
+            E = self.energy(hidden, error_0, d_0)
             E.backward()                    # with respect to the activations, not to the weights
             self.trace.append(E.item())
+            # E stands still: it falls no more.
             if step > 0 and abs(self.trace[-1] - self.trace[-2]) < 1e-3:
                 break
             adam.step()
@@ -174,9 +177,9 @@ class BayesPCN:
         R = self.R[l]
         U = self.U[l]
         Uz = U @ z                                                  # U z^T  (H,)
-        K = Uz / (self.s2 + z @ Uz)                                 # U z^T / v_l  (H,)
-        R.addr_(K, y - z @ R)                                       # R <- R + K (y - z R)
-        U.addr_(K, Uz, alpha=-1)                                    # U <- U - K z U, U symmetric
+        gain = Uz / (self.s2 + z @ Uz)                              # U z^T / v_l  (H,)
+        R.addr_(gain, y - z @ R)                                    # R <- R + gain (y - z R)
+        U.addr_(gain, Uz, alpha=-1)                                 # U <- U - gain z U
 
     def forget(self, strength):
         """Moves the posterior towards the prior: strength 0 keeps everything, 1 forgets all."""
@@ -191,7 +194,7 @@ class BayesPCN:
     def log_joint(self, activations):
         """log p (n,) of the rows of [x0 (n, P), x1 (n, H), ..], each by itself."""
         rows = zip(*(layer.double() for layer in activations))
-        E = [self.energy(x, self.squared_error(x[0]), self.dim) for x in rows]
+        E = [self.energy(hidden, self.squared_error(x0), self.dim) for x0, *hidden in rows]
         return -torch.stack(E)
 
     @property

@@ -33,7 +33,7 @@ def load(name, data_dir):
         return LOADERS[name](Path(data_dir))
     except OSError as error:
         raise OSError(f"cannot load {name}: {error}. "
-                      f"Without network, unpack it in {data_dir}") from error
+                      f"Without network, it must lie in {data_dir}") from error
 
 
 # ---- the paper's data sets ---------------------------------------------------------------------
@@ -152,7 +152,10 @@ def to_rgb(image):
 
 # ---- glyphs ------------------------------------------------------------------------------------
 def glyphs(data_dir, n_train=24, n_test=8):
-    """100 classes of 64 x 64 pictures: each is a figure of two strokes and their mirror images."""
+    """100 classes of 64 x 64 pictures: each is a figure of two strokes and their mirror images.
+
+    Mirrored, so that a flip, with which the modulations are trained, does not change the class.
+    """
     classes = [f"glyph {label:02d}" for label in range(100)]
     halves = []
     for half, n in enumerate((n_train, n_test)):
@@ -180,11 +183,11 @@ def draw_class(label, half, n):
     # Thin strokes here and there, which mean nothing.
     clutter = [1.3 * random_strokes(rng, n) for _ in range(5)]              # 5 of (n, 2, 2)
     dirt = 0.6 * coverage(x, y, clutter, rng.uniform(0.02, 0.05, (n, 1)))   # (n, 4096)
-    paper, other, pen = rng.random((3, n, 3, 1))                            # colours
-    paper = 0.4 * paper                                                     # dark
-    pen = 0.6 + 0.4 * pen                                                   # light
-    image = paper + dirt[:, None] * (other - paper)                         # (n, 3, 4096)
-    image += ink[:, None] * (pen - image)
+    background, dirt_colour, ink_colour = rng.random((3, n, 3, 1))
+    background = 0.4 * background                                           # dark
+    ink_colour = 0.6 + 0.4 * ink_colour                                     # light
+    image = background + dirt[:, None] * (dirt_colour - background)         # (n, 3, 4096)
+    image += ink[:, None] * (ink_colour - image)
     image += 0.05 * rng.standard_normal(image.shape, np.float32)            # a camera's noise
     pixels = (255 * image.clip(0, 1)).astype(np.uint8)
     return torch.from_numpy(pixels.reshape(n, 3, 64, 64))
@@ -269,12 +272,13 @@ def generator(*seed):
 
 # ---- files and the terminal --------------------------------------------------------------------
 def save(path, content):
-    """Writes a dictionary as JSON or by torch.save, beside `path`, then renames it: it is whole."""
-    # With the process in its name: two commands may write the same file.
+    """Writes a dictionary as JSON or, for other suffixes, by torch.save."""
+    # Beside `path`, then renamed, so that nobody ever finds half a file. With the process in its
+    # name, as two commands may write the same file.
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        # NaN is no JSON, and an accuracy that is none is a mistake.
+        # NaN is no JSON, and where a figure should be, a mistake.
         scratch.write_text(json.dumps(content, allow_nan=False))
     else:
         torch.save(content, scratch)
@@ -291,7 +295,7 @@ def read(path):
         if damaged:
             raise ValueError(f"the check sum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except FileNotFoundError:               # missing, not damaged
         raise
     except Exception as error:
         # Of many kinds: it depends on where the damage is.
@@ -299,7 +303,7 @@ def read(path):
 
 
 def digest(*parts):
-    """Eight hex digits that change with CPU tensors, and with whatever JSON can write."""
+    """A hash, of eight hex digits, of CPU tensors and of values that JSON can write."""
     sha = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):

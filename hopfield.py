@@ -1,7 +1,7 @@
 """Modern Hopfield network (Ramsauer et al., arXiv 2008.02217) as a memory (paper, section 3.1).
 
-    write   K and V gain the columns k_t and theta_t / k_t          / takes k_t away from theta_t
-    read    theta_hat = k (+) V softmax(beta K^T k)                 (+) joins two vectors
+    write   K and V gain the columns k_t and theta_t / k_t, which is theta_t without k_t
+    read    theta_hat = k (+) V softmax(beta K^T k), where (+) joins two vectors
 
 With a large beta, the softmax is one-hot: a read returns the value whose key has the largest
 product with k. With a small beta, it blends everything that was written.
@@ -12,7 +12,7 @@ import torch
 class Hopfield:
     """The memory; beta is the inverse temperature of the softmax, 25 in the paper (A.2).
 
-    It does not need `dim`, the length of theta. Every memory takes it, because some do.
+    `dim`, the length of theta, is not used. Every memory takes it, because some need it.
     """
 
     def __init__(self, dim=None, beta=25.0):
@@ -30,8 +30,7 @@ class Hopfield:
         """softmax(beta K^T k): (T,) for a key (|k|,), (n, T) for keys (n, |k|)."""
         if len(self.K) == 0:
             raise ValueError("the memory is empty: write to it first")
-        # In float64: a GPU may round the factors of float32 products (TF32), and beta multiplies
-        # the error.
+        # In float64, because beta multiplies the rounding error of the product.
         product = key.double() @ self.K.double()
         return torch.softmax(self.beta * product, dim=-1)
 

@@ -22,7 +22,7 @@ LR = (0.002, 0.0001)                            # of the task predictor (paper, 
 # ---- the two algorithms ------------------------------------------------------------------------
 def mts_training(run):
     """Algorithm 3: the task predictor (theta_0 and its head), the memory M_T, the task keys K_T."""
-    predictor = learn_predictor(run, run.train)                 # 3, 4: on all D_t at once
+    predictor = learn_predictor(run)                            # 3, 4: on all D_t at once
     memory, keys = run.fill_memory()                            # 5 to 11: Algorithm 1
     return predictor, memory, keys                              # 12
 
@@ -37,8 +37,8 @@ def mts_inference(vit, predictor, heads, images, keys, memory):
     for t in t_hat.unique().tolist():                           # images of one task together
         of_task_t = t_hat == t
         theta_hat = memory.read(keys[t])                        # 5
-        y_hat = til.classify(vit, heads[t], images[of_task_t], theta_hat)       # 7
-        logits[of_task_t] = y_hat.cpu()
+        answer = til.classify(vit, heads[t], images[of_task_t], theta_hat)      # 7
+        logits[of_task_t] = answer.cpu()
     return t_hat, logits                                        # 8
 
 
@@ -55,9 +55,9 @@ def predict_task(vit, predictor, images, n_tasks):
     return p.argmax(1).cpu()
 
 
-def predictor_targets(run, train):
+def predictor_targets(run):
     """What the predictor learns to tell of each image (n,): its task, or its class, from 0."""
-    task_ids, labels = data.task_labels(train, run.tasks)
+    task_ids, labels = data.task_labels(run.train, run.tasks)
     if run.args.predictor == "tasks":                           # the paper's
         return task_ids
     # Ours: to tell all classes apart teaches more than to tell the tasks apart, which are random
@@ -65,7 +65,7 @@ def predictor_targets(run, train):
     return len(run.tasks[0]) * task_ids + labels
 
 
-def train_predictor(run, classifier, images, targets):
+def train_predictor(run, classifier, targets):
     """Line 4 of Algorithm 3, with crops: with flips alone, ten epochs overfit."""
     args = run.args
     start = time.perf_counter()
@@ -82,8 +82,9 @@ def train_predictor(run, classifier, images, targets):
         til.print_training("predictor, epoch", done, epochs, loss, accuracy, len(targets), seconds)
 
     classifier.init(generator)
-    lora.fit(classifier, images.to(args.device), targets.to(args.device), epochs, batch_size, LR,
-             generator, lora.flips_and_crops, args.label_smoothing, report)
+    images = run.train.images.to(args.device)
+    lora.fit(classifier, images, targets.to(args.device), epochs, batch_size, LR, generator,
+             lora.flips_and_crops, args.label_smoothing, report)
     seconds = time.perf_counter() - start
     return {
         "theta": lora.get(run.vit).cpu(),
@@ -91,14 +92,14 @@ def train_predictor(run, classifier, images, targets):
         "images_per_second": epochs * len(targets) / seconds}
 
 
-def learn_predictor(run, train):
+def learn_predictor(run):
     """theta_0 (P,) and its head: found in the run's folder, or trained and kept there."""
-    targets = predictor_targets(run, train)
+    targets = predictor_targets(run)
     n_outputs = 1 + int(targets.max())
     classifier = lora.Classifier(run.vit, n_outputs, run.args.plain)
     path = predictor_path(run)
     if not path.exists():
-        data.save(path, train_predictor(run, classifier, train.images, targets))
+        data.save(path, train_predictor(run, classifier, targets))
     found = data.read(path)
     classifier.head.load_state_dict(found["head"])
     return found["theta"], classifier.head
@@ -115,7 +116,7 @@ def predictor_path(run):
 
 # ---- evaluation --------------------------------------------------------------------------------
 def test(run):
-    """Algorithm 3, then 4 on all test images; writes mts-<memory>-<predictor>.json, returns it."""
+    """Algorithm 3, then 4 on all test images; writes its figures to a JSON file, returns them."""
     start = time.perf_counter()
     predictor, memory, keys = mts_training(run)
     images = run.test.images
@@ -128,15 +129,14 @@ def test(run):
     hits = {"task": task_hit, "local": local, "strict": local & task_hit}
     ways = til.ways_to_classify(run, memory, keys)
     for name, way in data.progress(ways.items(), "testing"):
-        # FAA_GT is that of TIL, where the task is known. The controls use the predicted task.
+        # FAA_GT and FAA(M) are those of TIL, where the task is known. The controls are told the
+        # predicted task.
         used = task_ids if name in ("gt", "recalled") else t_hat
         hits[name] = til.answers(images, used, way) == labels
     result = evaluate.figures(hits, task_ids, til.recall_errors(run, memory, keys))
     faa_local = evaluate.faa(result["per_task"]["local"])
     path = predictor_path(run)
-    name = path.stem.removeprefix("predictor-")
-    return run.save_result(f"mts-{run.args.memory}-{name}", result | {
-        "digest": f"{run.digest}-{name}",
+    return run.save_result("mts", path.stem.removeprefix("predictor"), result | {
         "predictor": run.args.predictor,
         "label_smoothing": run.args.label_smoothing,
         "task_accuracy": evaluate.percent(task_hit),

@@ -10,6 +10,7 @@ import copy
 import math
 import os
 import re
+import statistics
 import sys
 import time
 import warnings
@@ -24,7 +25,7 @@ import vit as substrate
 
 LR = (0.005, 0.0001)                            # at the start, at the end (paper, A.2)
 PICTURED = ("gt", "recalled", "local", "strict", "none")
-NOISE = (0, 0.1, 0.3, 1, 3, 10, 30)             # of keys, in multiples of their root mean square
+NOISE = (0.1, 0.3, 1, 3, 10, 30)                # of keys, in multiples of their root mean square
 
 
 # ---- the two algorithms ------------------------------------------------------------------------
@@ -37,7 +38,7 @@ def til_training(tasks, train, memory, learn):
     for t, classes in enumerate(tasks):                         # 3
         images, labels = data.task(train, classes)              # 4: D_t, and nothing of other tasks
         theta = learn(t, images, labels)                        # 5, 6: random, then trained
-        key, value = lora.split_key(theta)                      # 7: k_t, in A.1 v_t; and the rest
+        key, value = lora.split_key(theta)                      # 7: k_t (A.1: v_t), and the rest
         keys.append(key)                                        # 8
         memory.write(key, value)                                # 9
     return memory, keys                                         # 11
@@ -108,8 +109,8 @@ class Run:
         self.config = describe(args, train, self.vit)
         self.digest = data.digest(self.config)
         self.vit.to(args.device)
-        # W alone: bfloat16's 8 bits are too few for mean and std, and for the steps of AdamW, so
-        # that adapters and heads stay float32, too.
+        # Only W: the 8 bits of bfloat16 are too few for mean and std, and for the small steps that
+        # AdamW takes in adapters and heads.
         for weight in self.vit.parameters():
             weight.data = weight.data.to(getattr(torch, args.dtype))
         lora.add(self.vit, args.rank, args.alpha)
@@ -123,7 +124,7 @@ class Run:
         print(f"P = {self.P}; {found} of {args.splits} tasks found in {self.folder}{again}")
 
     def path(self, t):
-        """The file of theta_t and its head."""
+        """The file of theta_t and its head; 0.pt is that of task 1."""
         return self.folder / f"adapters/{t}.pt"
 
     def learn(self, t, images, labels):
@@ -131,9 +132,8 @@ class Run:
         if not self.path(t).exists():
             made = train_modulation(self, t, images, labels)
             data.save(self.path(t), made)
-            images_seen = self.args.epochs * len(labels)
             print_training("task", t + 1, len(self.tasks), made["loss"], made["accuracy"],
-                           images_seen, made["seconds"])
+                           self.args.epochs * len(labels), made["seconds"])
         # From the file even if it is new: a command and its repetition read the same.
         return self.modulation(t)["theta"]
 
@@ -141,29 +141,29 @@ class Run:
         """What train_modulation returned, read from the folder."""
         return data.read(self.path(t))
 
-    def head(self, state):
-        """A new head with these weights, {"weight": .., "bias": ..}."""
-        head = copy.deepcopy(self.classifier.head)
-        head.load_state_dict(state)
-        return head
-
     def heads(self):
         """The head of each task. It is kept beside the memory, which stores theta alone."""
-        return [self.head(self.modulation(t)["head"]) for t in range(len(self.tasks))]
+        heads = []
+        for t in range(len(self.tasks)):
+            head = copy.deepcopy(self.classifier.head)
+            head.load_state_dict(self.modulation(t)["head"])
+            heads.append(head)
+        return heads
 
     def fill_memory(self):
         """Algorithm 1. The memory is written anew by each command: no file of it can be stale."""
         memory = evaluate.make_memory(self.args.memory, self.P)
         return til_training(self.tasks, self.train, memory, self.learn)
 
-    def save_result(self, name, result):
-        """Writes the figures of a run, with what it was about, as <name>.json, and a picture."""
+    def save_result(self, setting, variant, result):
+        """Writes figures, and what they are about, as <setting>-<memory><variant>.json and .svg."""
         device = f"CPU, {torch.get_num_threads()} threads"
         if self.args.device == "cuda":
             device = torch.cuda.get_device_name()
-        about = {"setting": name[:3], "memory": self.args.memory, "seed": self.seed,
-                 "digest": self.digest, "device": device}
+        about = {"setting": setting, "memory": self.args.memory, "seed": self.seed,
+                 "digest": self.digest + variant, "device": device}
         result = self.config | about | result
+        name = f"{setting}-{self.args.memory}{variant}"
         name = re.sub(r"[^\w.,=+-]", "-", name)                 # what a file system may dislike
         data.save(self.folder / f"{name}.json", result)
         shown = {way: line for way, line in result["per_task"].items() if way in PICTURED}
@@ -181,7 +181,7 @@ def print_training(what, done, total, loss, accuracy, images_seen, seconds):
 
 # ---- evaluation --------------------------------------------------------------------------------
 def ways_to_classify(run, memory, keys):
-    """{name: function (t, images) -> logits}: each classifies images as ones of task t.
+    """{name: function (t, images) -> logits}: each takes the images as ones of task t.
 
     With theta as trained (gt) and as recalled; and the controls, which show what theta is worth.
     """
@@ -191,26 +191,15 @@ def ways_to_classify(run, memory, keys):
     thetas = [run.modulation(t)["theta"] for t in range(len(keys))]
     mean_theta = torch.stack(thetas).mean(0)                    # (P,)
     zero = torch.zeros(run.P)
-
-    def gt(t, images):                                          # ground truth, in the paper
-        return classify(vit, heads[t], images, thetas[t])
-
-    def recalled(t, images):
-        return til_inference(vit, heads[t], images, keys[t], memory)
-
-    def mean(t, images):
-        return classify(vit, heads[t], images, mean_theta)
-
-    def wrong(t, images):                                       # the task before; of 0, the last
-        return classify(vit, heads[t], images, thetas[t - 1])
-
-    def none(t, images):
-        return classify(vit, heads[t], images, zero)
-
-    def linear(t, images):                                      # a head that never saw a theta
-        return classify(vit, linear_heads[t], images, zero)
-
-    return {way.__name__: way for way in (gt, recalled, mean, wrong, none, linear)}
+    return {
+        "gt": lambda t, x: classify(vit, heads[t], x, thetas[t]),   # ground truth, in the paper
+        "recalled": lambda t, x: til_inference(vit, heads[t], x, keys[t], memory),
+        "mean": lambda t, x: classify(vit, heads[t], x, mean_theta),
+        # Of the task before; before the first comes the last, which is thetas[-1].
+        "wrong": lambda t, x: classify(vit, heads[t], x, thetas[t - 1]),
+        "none": lambda t, x: classify(vit, heads[t], x, zero),
+        # Its head never saw a modulation.
+        "linear": lambda t, x: classify(vit, linear_heads[t], x, zero)}
 
 
 def fit_linear_heads(run):
@@ -222,12 +211,14 @@ def fit_linear_heads(run):
         # Computed once, as W is frozen. A CPU is quicker than a GPU with matrices this small.
         tokens = substrate.features(run.vit, images).cpu().double()
         weight, bias = evaluate.logistic_regression(tokens, labels, len(classes))
-        heads.append(run.head({"weight": weight, "bias": bias}))
+        head = torch.nn.Linear(*weight.T.shape, device=run.args.device)
+        head.load_state_dict({"weight": weight, "bias": bias})
+        heads.append(head)
     return heads
 
 
 def answers(images, task_ids, way):
-    """The label within its task, from 0, that a way gives each image, taken as of its task (n,)."""
+    """The predicted label (n,) of each image, within task_ids (n,), its task; all from 0."""
     labels = torch.empty_like(task_ids)
     # The images of a task together, so that its modulation is loaded once.
     for t in task_ids.unique().tolist():
@@ -255,9 +246,9 @@ def test(run):
     for name, way in data.progress(ways_to_classify(run, memory, keys).items(), "testing"):
         hits[name] = answers(run.test.images, task_ids, way) == labels
     result = evaluate.figures(hits, task_ids, recall_errors(run, memory, keys))
-    # Of the training, even if an earlier command did it.
+    # The time of the training, even if an earlier command spent it.
     seconds = sum(run.modulation(t)["seconds"] for t in range(len(keys)))
-    return run.save_result(f"til-{run.args.memory}", result | {
+    return run.save_result("til", "", result | {
         "drop": result["faa_gt"] - result["faa"],
         "images_per_second": run.args.epochs * len(run.train.labels) / seconds,
         "wall_seconds": time.perf_counter() - start})
@@ -285,21 +276,19 @@ def probe(run):
     _, keys = run.fill_memory()
     T = len(keys)
     rows = []
+    lines = {}
     for name in run.args.probe:
         memory = evaluate.make_memory(name, run.P)
         for n in range(1, T + 1):
             theta = run.modulation(n - 1)["theta"]
             memory.write(*lora.split_key(theta))
-            # As it fills up, four times from exact keys; full, also from noisy ones.
-            levels = NOISE if n == T else (0,)
-            if n % math.ceil(T / 4) == 0 or n == T:
-                rows += [recall_with_noise(run, name, memory, keys[:n], noise) for noise in levels]
+            if n % math.ceil(T / 4) == 0 or n == T:             # four times, and when it is full
+                rows.append(recall_with_noise(run, name, memory, keys[:n], 0))
+        rows += [recall_with_noise(run, name, memory, keys, noise) for noise in NOISE]
+        lines[name] = [row["faa"] for row in rows[-1 - len(NOISE):]]
     data.save(run.folder / "probe.json", {"rows": rows})
-    full = {name: [] for name in run.args.probe}
-    for row in rows:
-        if row["stored"] == T:
-            full[row["memory"]].append(row["faa"])
-    evaluate.plot(run.folder / "probe.svg", "FAA in %, by noise / rms of a key", full, NOISE)
+    title = "FAA in %, by noise / rms of a key"
+    evaluate.plot(run.folder / "probe.svg", title, lines, (0, *NOISE))
 
 
 def recall_with_noise(run, name, memory, keys, noise):
@@ -316,7 +305,7 @@ def recall_with_noise(run, name, memory, keys, noise):
         errors.append(evaluate.recall_error(theta_hat, run.modulation(t)["theta"]))
         accuracies.append(evaluate.percent(logits.argmax(1).cpu() == labels))
     row = {"memory": name, "stored": len(keys), "noise": noise,
-           "error": evaluate.faa(errors), "faa": evaluate.faa(accuracies)}
+           "error": statistics.fmean(errors), "faa": evaluate.faa(accuracies)}
     print("{memory:20} T {stored:3}  noise {noise:4}  error {error:.4f}  FAA {faa:.2f}"
           .format(**row), flush=True)
     return row
@@ -362,8 +351,8 @@ def positive(text):
 
 
 def main(args, action):
-    """action(run) for each seed; then a table, if it returned results."""
-    # What is usual depends on the data set, so argparse cannot fill it in.
+    """action(run) for each seed; then a table of the results, which `test` alone returns."""
+    # What is usual depends on the data set, so argparse cannot fill it in. (til.py lacks some.)
     for option, value in evaluate.usual(args.dataset, args.backbone).items():
         if getattr(args, option, value) is None:
             setattr(args, option, value)
@@ -393,7 +382,7 @@ def train_share(args, train, test):
 
 
 def set_up_torch(args):
-    """Deterministic, and fast on the device."""
+    """Makes PyTorch deterministic, and fast on the device. Sets args.plain and args.dtype."""
     if args.device == "cpu":
         args.plain = True
         # vit_micro gains nothing from more threads, and loses much if others use the cores.

@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: x + attention, then x + a network of two layers."""
+    """A pre-norm transformer block: x + attention, then x + MLP."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -56,7 +56,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Prepared images (B, 3, s, s), s = image_size -> the normalised class token (B, d)."""
+    """Prepared images (B, 3, s, s), s = image_size -> class tokens (B, d) after the last norm."""
 
     def __init__(self, config, image_size=None):
         super().__init__()
@@ -73,7 +73,7 @@ class ViT(nn.Module):
         blocks = [Block(width, config.heads) for _ in range(config.depth)]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        # Of the pixels. Not persistent: files of published weights do not hold them.
+        # Mean and std of the pixels. Not persistent, because published files do not hold them.
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
 
@@ -90,8 +90,8 @@ class ViT(nn.Module):
 def prepare(images, vit, flip=None, crop=None):
     """uint8 images (B, 3, h, w) -> the input of the ViT (B, 3, s, s).
 
-    flip: bool (B,), the images to mirror. crop: (B, 3), a square of each image: its side, 1 for the
-    whole image, and its centre x, y in [-1, 1].
+    flip: bool (B,), the images to mirror. crop: (B, 3), rows (side, x, y), a square of each image:
+    side 1 is the whole image, and the centre x, y is in [-1, 1].
     """
     x = images.float() / 255
     if flip is not None:
@@ -107,8 +107,6 @@ def prepare(images, vit, flip=None, crop=None):
 
 def resize(x, size):
     """x (B, 3, h, w) with values in [0, 1] -> (B, 3, size, size)."""
-    if x.shape[-2:] == (size, size):
-        return x
     x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
     return x.clamp(0, 1)                    # a bicubic curve overshoots
 
@@ -128,16 +126,16 @@ def cut_out(x, crop, size):
 
 @torch.no_grad()
 def features(vit, images):
-    """Class tokens (n, d), float32, on the ViT's device, of uint8 images (n, 3, h, w) on any."""
+    """uint8 images (n, 3, h, w), on any device -> class tokens (n, d), float32, on the ViT's."""
     device = vit.cls_token.device
-    batch_size = 250 if device.type == "cpu" else 1000              # the fastest on each
+    batch_size = 250 if device.type == "cpu" else 1000              # a GPU waits for small batches
     tokens = [vit(prepare(batch.to(device), vit)) for batch in images.split(batch_size)]
     return torch.cat(tokens).float()
 
 
 # ---- the substrates and their published weights ------------------------------------------------
 class Config(NamedTuple):
-    """A substrate."""
+    """Architecture and published weights of a substrate."""
     image_size: int                         # side of the input in pixels
     patch: int                              # side of a patch
     width: int                              # d
@@ -146,7 +144,7 @@ class Config(NamedTuple):
     mean: tuple = (0.485, 0.456, 0.406)     # of pixels in [0, 1]; ImageNet's
     std: tuple = (0.229, 0.224, 0.225)
     url: str = None                         # of the weights; None: they are in weights/
-    rename: tuple = ()                      # patterns: the names in that file -> ours
+    names: tuple = ()                       # patterns: the names in that file -> ours
 
 
 TIMM = (
@@ -171,18 +169,18 @@ TORCHVISION = (
     (r"\.mlp\.(3|linear_2)", ".fc2"),
 )
 CONFIGS = {
-    "vit_micro": Config(                    # ours: weights/pretrain.py made it
+    "vit_micro": Config(                    # ours, by an older version of weights/pretrain.py
         image_size=64, patch=8, width=192, depth=6, heads=3),
     "vit_ti_16": Config(                    # Steiner et al., arXiv 2106.10270
         image_size=224, patch=16, width=192, depth=12, heads=3,
-        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), rename=TIMM,
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), names=TIMM,
         url="https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
             "/resolve/main/pytorch_model.bin"),
     "dinov2_vits14": Config(                # Oquab et al., arXiv 2304.07193
-        image_size=112, patch=14, width=384, depth=12, heads=6, rename=DINOV2,
+        image_size=112, patch=14, width=384, depth=12, heads=6, names=DINOV2,
         url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"),
     "vit_b_16": Config(                     # torchvision's ViT_B_16_Weights.IMAGENET1K_V1
-        image_size=224, patch=16, width=768, depth=12, heads=12, rename=TORCHVISION,
+        image_size=224, patch=16, width=768, depth=12, heads=12, names=TORCHVISION,
         url="https://download.pytorch.org/models/vit_b_16-c867db91.pth"),
 }
 
@@ -197,7 +195,7 @@ def load(name, weights=None, image_size=None):
     vit = ViT(config, image_size)
     source = weights or config.url or Path(__file__).with_name("weights") / f"{name}.pt"
     try:
-        state = rename(read_weights(name, source), config.rename)
+        state = rename(read_weights(name, source), config.names)
         n = vit.image_size // config.patch
         state["pos_embed"] = resize_positions(state["pos_embed"], n)
         vit.load_state_dict(state)
