@@ -1,28 +1,30 @@
-"""BayesPCN: an associative memory that writes by Bayesian regression, and reads by descent.
+"""BayesPCN: an associative memory made of Bayesian linear regressions, one above the other.
 
 Yoo & Wood, "BayesPCN: A Continually Learnable Predictive Coding Associative Memory" (NeurIPS 2022,
 arXiv 2205.09930), with one particle. There are L layers of activations: x^0 = theta (P wide), and
-the hidden x^1 .. x^(L-1) (H wide). Each layer predicts the one below it from z = GELU(x), a row
-vector. The weights W_l of the prediction are random, too:
+the hidden x^1 .. x^(L-1) (H wide). Regression l predicts x^l from the layer above it, that is, from
+the row vector z = GELU(x^(l+1)). The inputs z are not known, so that a write and a read both begin
+with a search for the hidden layers that explain x^0 best. The weights W_l are random:
 
     x^l | x^(l+1) ~ N(z W_l, s2 I),  W_l ~ MatrixNormal(R_l, U_l, I)    for l = 0 .. L-2
     x^(L-1)       ~ N(w, s2 I),      w ~ N(r, u I)                      at the top
 
-What is stored is a belief about the weights: the means R_l (H, d_l) and r (H,), the covariances
-U_l (H, H) of the rows of W_l, and the variance u. With the weights integrated out,
+What is stored is a belief about them: the means R_l (H, d_l) and r (H,), the covariance U_l (H, H)
+between the H rows of W_l, which all its columns share, and the variance u. With the weights
+integrated out,
 
     x^l ~ N(z R_l, v_l I)  with v_l = s2 + z U_l z^T,   x^(L-1) ~ N(r, v I)  with v = s2 + u
 
-and the energy is, with d_0 = P and d_l = H above,
+and the energy is, with d_0 = P and d_l = H for l > 0,
 
     E = -log p = 1/2 sum_l [ |x^l - z R_l|^2 / v_l + d_l log(2 pi v_l) ]
                + 1/2 [ |x^(L-1) - r|^2 / v + H log(2 pi v) ]
 
-write   x^0 is theta. Descend E over the hidden layers, then update every W_l by Bayes' rule.
+write   x^0 is theta. Descend E over the hidden layers, then update the belief by Bayes' rule.
 read    Only the key, the first |k| columns of x^0, is known. Descend E over the hidden layers, then
         predict the other columns by z R_0.
-        joint      (Yoo & Wood's way) minimises over the unknown columns, too. They then equal their
-                   prediction and add nothing to the error, but d_0 = P still counts them. So the
+        joint      (Yoo & Wood's way) minimises over the unknown columns, too. At the minimum, they
+                   equal their prediction and add no error, but d_0 = P still counts them. So the
                    errors of |k| columns stand against P log v_0, which drives v_0 down, and with
                    it z and the recalled z R_0: theta comes out too small.
         marginal   (ours, the default) integrates the unknown columns out: d_0 = |k|.
@@ -41,8 +43,8 @@ def minus_log_normal(error, v, d):
 class BayesPCN:
     """A memory for about `hidden` vectors theta of `dim` elements, in float64 on the CPU.
 
-    sigma_obs is sqrt(s2), and sigma_prior is sqrt(u) before the first write. A descent takes at
-    most `steps` steps of Adam with learning rate `lr`. After it, `trace` lists E at each step.
+    sigma_obs is sqrt(s2). Before the first write, u is sigma_prior^2, and U_l is u I. A descent
+    takes at most `steps` steps of Adam with learning rate `lr`. After it, `trace` lists E at each.
     """
 
     def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01,
@@ -52,7 +54,7 @@ class BayesPCN:
         if hidden < 1 or steps < 1 or layers < 2:
             raise ValueError("hidden and steps are 1 or more, and layers 2 or more")
         self.dim = dim
-        self.hidden = hidden
+        self.H = hidden
         self.layers = layers
         self.lr = float(lr)
         self.steps = int(steps)
@@ -104,15 +106,15 @@ class BayesPCN:
                 E = E + minus_log_normal(error_0(z), v, d_0)
             else:
                 error = (x[l] - z @ self.R[l]).square().sum()
-                E = E + minus_log_normal(error, v, self.hidden)
+                E = E + minus_log_normal(error, v, self.H)
         v = x[-1].new_tensor(self.s2 + self.u)                      # at the top
         error = (x[-1] - self.r).square().sum()
-        return E + minus_log_normal(error, v, self.hidden)
+        return E + minus_log_normal(error, v, self.H)
 
     @torch.enable_grad()                    # works under torch.no_grad(), too
     def descend(self, x0, d_0, stream):
         """The hidden activations (L-1, H) that explain x0, by Adam on E from noise."""
-        hidden = self.noise(stream, self.layers - 1, self.hidden).requires_grad_()
+        hidden = self.noise(stream, self.layers - 1, self.H).requires_grad_()
         error_0 = self.squared_error(x0)
         adam = torch.optim.Adam([hidden], self.lr)
         # At a constant rate, E ends on a noisy plateau. It settles as the rate falls.
@@ -125,7 +127,7 @@ class BayesPCN:
             E = self.energy(hidden, error_0, d_0)
             E.backward()                    # with respect to the activations, not to the weights
             self.trace.append(E.item())
-            # E stands still: it falls no more.
+            # Two steps that differ by so little count as the end.
             if step > 0 and abs(self.trace[-1] - self.trace[-2]) < 1e-3:
                 break
             adam.step()
@@ -147,15 +149,15 @@ class BayesPCN:
         self.condition([theta[None], *hidden[:, None]])
 
     def read(self, key):
-        """theta_hat (dim,) for a key (|k|,), or (n, dim) for keys (n, |k|)."""
+        """theta_hat (dim,) for a key (|k|,); for several keys (n, |k|), one after the other."""
         if self.n_written == 0:
             raise ValueError("the memory is empty: write to it first")
         if key.dim() > 1:
             return torch.stack([self.read(k) for k in key])
-        n = len(key)
-        d_0 = n if self.read_mode == "marginal" else self.dim
+        n_known = len(key)
+        d_0 = n_known if self.read_mode == "marginal" else self.dim
         hidden = self.descend(key.double(), d_0, stream=self.layers)
-        value = gelu(hidden[0]) @ self.R[0][:, n:]                  # z R_0, the unknown columns
+        value = gelu(hidden[0]) @ self.R[0][:, n_known:]            # z R_0, the unknown columns
         return torch.cat([key, value.to(key.dtype)])
 
     def condition(self, activations):
@@ -173,7 +175,7 @@ class BayesPCN:
             self.n_written += 1
 
     def regress(self, l, z, y):
-        """Bayesian linear regression: layer l learns that z (H,) goes with y = x^l (d_l,)."""
+        """Bayesian linear regression: W_l learns that z (H,) goes with y = x^l (d_l,)."""
         R = self.R[l]
         U = self.U[l]
         Uz = U @ z                                                  # U z^T  (H,)
@@ -186,7 +188,7 @@ class BayesPCN:
         if self.n_written == 0:
             return
         keep = math.sqrt(1 - strength)
-        self.R = [keep * R + (1 - keep) * R_0 for R, R_0 in zip(self.R, self.R_prior)]
+        self.R = [keep * R + (1 - keep) * prior for R, prior in zip(self.R, self.R_prior)]
         self.U = [(1 - strength) * U + strength * self.U_prior for U in self.U]
         self.r = keep * self.r + (1 - keep) * self.r_prior
         self.u = (1 - strength) * self.u + strength * self.u_prior

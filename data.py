@@ -21,7 +21,7 @@ from PIL import Image, ImageOps             # Pillow comes with torchvision
 
 
 class Images(NamedTuple):
-    """One half of a data set, for training or for testing."""
+    """A part of a data set, for training or for testing."""
     images: torch.Tensor                    # uint8 (N, 3, h, w), RGB
     labels: torch.Tensor                    # int64 (N,), index into classes
     classes: list                           # names
@@ -32,8 +32,8 @@ def load(name, data_dir):
     try:
         return LOADERS[name](Path(data_dir))
     except OSError as error:
-        raise OSError(f"cannot load {name}: {error}. "
-                      f"Without network, it must lie in {data_dir}") from error
+        raise OSError(f"cannot load {name}: {error}. Is it in {data_dir}? "
+                      "Without network, it has to be put there by hand") from error
 
 
 # ---- the paper's data sets ---------------------------------------------------------------------
@@ -104,7 +104,7 @@ def folder(data_dir):
 
 
 def read_half(folder):
-    """Images, from a folder for each class. It says how many files are no pictures."""
+    """Images, from a folder for each class. It says how many files are not pictures."""
     suffixes = Image.registered_extensions()
     classes = [path.name for path in sorted(folder.iterdir()) if is_visible(path) and path.is_dir()]
     found = [path for name in classes for path in sorted((folder / name).iterdir())]
@@ -230,7 +230,7 @@ def split(n_classes, splits, seed):
     choices = [n for n in range(1, n_classes // 2 + 1) if n_classes % n == 0]
     if splits not in choices:
         raise ValueError(f"{n_classes} classes do not make {splits} tasks of two classes or more, "
-                         f"all alike: choose one of {choices}")
+                         f"of equal size: choose one of {choices}")
     order = np.random.default_rng(seed).permutation(n_classes)
     return order.reshape(splits, -1).tolist()
 
@@ -319,8 +319,9 @@ def code_digest(*things):
     for thing in things:
         tree = ast.parse(inspect.getsource(thing))
         for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value.value = ""       # a docstring
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                if ast.get_docstring(node):
+                    del node.body[0]
         texts.append(ast.unparse(tree))
     return digest(texts)
 
@@ -351,5 +352,5 @@ def one_line_errors():
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: finished tasks are kept; the same command goes on", file=sys.stderr)
+        print("stopped: what is finished is kept; the same command goes on", file=sys.stderr)
         sys.exit(130)

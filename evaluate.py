@@ -5,7 +5,6 @@
 """
 import ast
 import importlib
-import itertools
 import statistics
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ CONTROLS = ("linear", "mean", "wrong", "none")
 
 # ---- memories ----------------------------------------------------------------------------------
 def make_memory(text, dim):
-    """An empty memory from NAME[:OPTION=VALUE,..]: the class NAME of NAME.py, written in any case.
+    """An empty memory from NAME[:OPTION=VALUE,..]: of NAME.py, its class NAME (in any case).
 
     dim: the length of theta. ValueError for a name, an option or a value that does not fit.
     """
@@ -43,7 +42,7 @@ def make_memory(text, dim):
 
 
 def parse_options(text):
-    """"beta=25,read=joint" -> {"beta": 25, "read": "joint"}."""
+    """For "beta=25,read=joint": {"beta": 25, "read": "joint"}."""
     options = {}
     for pair in filter(None, text.split(",")):
         name, _, value = pair.partition("=")
@@ -145,17 +144,17 @@ not usual. Usual are vit_ti_16, 224 px (DINOv2: 112 px), and for glyphs vit_micr
 
 
 def usual(dataset, backbone=None):
-    """The options of til.py and mts.py where a command, and a row's name, do not say otherwise."""
+    """The default options of til.py and mts.py, which the name of a row leaves out."""
     default = "vit_micro" if dataset == "glyphs" else "vit_ti_16"
     backbone = backbone or default
     # On glyphs, half of vit_micro's 64 pixels are enough, and quicker.
     half = dataset == "glyphs" and backbone == "vit_micro"
     return {
         "backbone": default,
-        "image_size": 32 if half else substrate.CONFIGS[backbone].image_size,
         "rank": 8,
         "alpha": 8,
         "epochs": 3,
+        "image_size": 32 if half else substrate.CONFIGS[backbone].image_size,
         "batch_size": 6 if dataset == "glyphs" else 64,
         "predictor": "tasks",
         "label_smoothing": 0.0}
@@ -164,7 +163,7 @@ def usual(dataset, backbone=None):
 def label(result):
     """The name of a row: the memory, then the options that differ from the usual ones.
 
-    Typed after `--memory`, it is the command that gave the row.
+    Typed after `--memory`, it is the command that gave the row, but for data, weights and seeds.
     """
     parts = [result["memory"]]
     for name, value in usual(result["dataset"], result["backbone"]).items():
@@ -183,7 +182,8 @@ def report(results):
     """Markdown: a table for each experiment, and a legend."""
     experiments = {}
     # TIL before MTS, otherwise as they came.
-    for result in sorted(results, key=lambda result: result["setting"] == "mts"):
+    results = sorted(results, key=lambda result: result["setting"] == "mts")
+    for result in results:
         command = "{setting}.py --dataset {dataset} --splits {splits}".format(**result)
         experiments.setdefault(command, []).append(result)
     tables = [table(command, runs) for command, runs in experiments.items()]
@@ -193,7 +193,7 @@ def report(results):
 
 
 def table(command, results):
-    """The table of one experiment: a row for all runs that differ in nothing but the seed."""
+    """The table of one experiment: a row for all runs that differ in the seed alone."""
     rows = {}
     for result in sorted(results, key=lambda result: result["seed"]):
         # The digest tells apart what other data, other weights or other code gave.
@@ -270,14 +270,14 @@ def bench(args):
     """Writes to --out the time, the size and the recall error with T made-up modulations."""
     torch.set_num_threads(1)                    # times of different machines compare better
     rows = []
-    for name, T in itertools.product(args.memory, args.tasks):
-        memory = make_memory(name, args.dim)
-        # About as wide as the modulations of a ViT-S that was trained.
-        thetas = 0.03 * torch.randn(T, args.dim, generator=data.generator(T))
-        row = {"memory": name, "T": T} | bench_memory(memory, thetas)
-        rows.append(row)
-        print("{memory:20} T {T:3}  write {write_ms:6.1f} ms  read {read_ms:6.1f} ms  "
-              "{MB:6.1f} MB  error {error:.4f}".format(**row), flush=True)
+    for name in args.memory:
+        for T in args.tasks:
+            # With the standard deviation of a trained modulation of a ViT-S, about.
+            thetas = 0.03 * torch.randn(T, args.dim, generator=data.generator(T))
+            row = {"memory": name, "T": T} | bench_memory(make_memory(name, args.dim), thetas)
+            rows.append(row)
+            print("{memory:20} T {T:3}  write {write_ms:6.1f} ms  read {read_ms:6.1f} ms  "
+                  "{MB:6.1f} MB  error {error:.4f}".format(**row), flush=True)
     data.save(args.out, {"dim": args.dim, "rows": rows})
 
 

@@ -3,7 +3,7 @@
 A task predictor, LoRA weights theta_0 with a head of their own, finds it out. Then the modulation
 of that task is recalled, as in TIL. theta_0 itself is never written to the memory.
 
-    python mts.py                                           # on top of what til.py has trained
+    python mts.py                                           # trains what til.py has not
     python mts.py --dataset tinyimagenet --splits 50 --predictor classes
     python mts.py --predict picture.png                     # Algorithm 4 on one picture
 """
@@ -37,8 +37,7 @@ def mts_inference(vit, predictor, heads, images, keys, memory):
     for t in t_hat.unique().tolist():                           # images of one task together
         of_task_t = t_hat == t
         theta_hat = memory.read(keys[t])                        # 5
-        answer = til.classify(vit, heads[t], images[of_task_t], theta_hat)      # 7
-        logits[of_task_t] = answer.cpu()
+        logits[of_task_t] = til.classify(vit, heads[t], images[of_task_t], theta_hat)   # 7
     return t_hat, logits                                        # 8
 
 
@@ -52,17 +51,17 @@ def predict_task(vit, predictor, images, n_tasks):
     theta_0, head_0 = predictor
     p = til.classify(vit, head_0, images, theta_0).softmax(1)   # (n, T or all classes)
     p = p.unflatten(1, (n_tasks, -1)).sum(2)                    # (n, T)
-    return p.argmax(1).cpu()
+    return p.argmax(1)
 
 
 def predictor_targets(run):
-    """What the predictor learns to tell of each image (n,): its task, or its class, from 0."""
+    """What the predictor learns to tell of each image, from 0 (n,); how many there are of it."""
     task_ids, labels = data.task_labels(run.train, run.tasks)
     if run.args.predictor == "tasks":                           # the paper's
-        return task_ids
+        return task_ids, len(run.tasks)
     # Ours: to tell all classes apart teaches more than to tell the tasks apart, which are random
     # sets of classes. Numbered task by task, as predict_task expects.
-    return len(run.tasks[0]) * task_ids + labels
+    return len(run.tasks[0]) * task_ids + labels, len(run.train.classes)
 
 
 def train_predictor(run, classifier, targets):
@@ -77,9 +76,8 @@ def train_predictor(run, classifier, targets):
         batch_size = 16
 
     def report(epoch, loss, accuracy):
-        done = epoch + 1
-        seconds = (time.perf_counter() - start) / done          # an epoch, on average
-        til.print_training("predictor, epoch", done, epochs, loss, accuracy, len(targets), seconds)
+        seconds = (time.perf_counter() - start) / epoch         # an epoch, on average
+        til.print_training("predictor, epoch", epoch, epochs, loss, accuracy, len(targets), seconds)
 
     classifier.init(generator)
     images = run.train.images.to(args.device)
@@ -92,10 +90,12 @@ def train_predictor(run, classifier, targets):
         "images_per_second": epochs * len(targets) / seconds}
 
 
+CODE = data.code_digest(predictor_targets, train_predictor)     # as in til.py
+
+
 def learn_predictor(run):
     """theta_0 (P,) and its head: found in the run's folder, or trained and kept there."""
-    targets = predictor_targets(run)
-    n_outputs = 1 + int(targets.max())
+    targets, n_outputs = predictor_targets(run)
     classifier = lora.Classifier(run.vit, n_outputs, run.args.plain)
     path = predictor_path(run)
     if not path.exists():
@@ -109,8 +109,7 @@ def predictor_path(run):
     """Its file, which is named, like the run's folder, after all that the predictor depends on."""
     args = run.args
     # The folder stands for the rest: images, weights, vit.py, lora.py.
-    code = data.code_digest(predictor_targets, train_predictor)
-    digest = data.digest(args.predictor, args.label_smoothing, LR, code)
+    digest = data.digest(args.predictor, args.label_smoothing, LR, CODE)
     return run.folder / f"predictor-{args.predictor}-{digest}.pt"
 
 

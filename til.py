@@ -4,7 +4,8 @@
     python til.py --dataset cifar100 --splits 20 --memory hopfield  # the paper's C100-20S
     python til.py --predict picture.png --task 3                    # Algorithm 2 on one picture
 
-What is trained is kept in a folder of runs/: a command that was stopped goes on where it was.
+What is trained is kept in a folder of runs/: a command that was stopped goes on after the last task
+that it finished.
 """
 import copy
 import math
@@ -32,7 +33,8 @@ NOISE = (0.1, 0.3, 1, 3, 10, 30)                # of keys, in multiples of their
 def til_training(tasks, train, memory, learn):
     """Algorithm 1, with its line numbers: returns M_T and K_T.
 
-    tasks: the classes of each task; learn(t, images, labels) -> theta_t (P,), t from 0.
+    tasks: the classes of each task; memory: an empty one; learn(t, images, labels) -> theta_t (P,),
+    t from 0.
     """
     keys = []                                                   # 2: K_0 is empty, and so is M_0
     for t, classes in enumerate(tasks):                         # 3
@@ -52,24 +54,23 @@ def til_inference(vit, head, images, key, memory):
 
 @torch.no_grad()
 def classify(vit, head, images, theta):
-    """C(x; W, theta): logits (n, outputs of the head) for uint8 images (n, 3, h, w)."""
+    """C(x; W, theta): logits (n, outputs of the head) for uint8 images (n, 3, h, w), on the CPU."""
     # Whoever classifies brings the theta: it does not matter which one was in the ViT before.
     lora.set(vit, theta)
-    return head(substrate.features(vit, images))
+    return head(substrate.features(vit, images)).cpu()
 
 
 # ---- one seed: its tasks, its network, its folder ----------------------------------------------
 def train_modulation(run, t, images, labels):
-    """Lines 5 and 6 of Algorithm 1: theta_t and its head, which depend on the seed and t alone."""
+    """Lines 5 and 6 of Algorithm 1: theta_t and its head, by draws that seed and t determine."""
     args = run.args
     start = time.perf_counter()
     generator = data.generator(run.seed, t + 1)                 # (seed, 0) is for theta_0
     run.classifier.init(generator)                              # 5
     # A task is small enough to lie on the GPU as a whole, as uint8.
-    images = images.to(args.device)
-    labels = labels.to(args.device)
     loss, accuracy = lora.fit(                                  # 6
-        run.classifier, images, labels, args.epochs, args.batch_size, LR, generator)
+        run.classifier, images.to(args.device), labels.to(args.device), args.epochs,
+        args.batch_size, LR, generator)
     return {
         "theta": lora.get(run.vit).cpu(),
         "head": run.classifier.head.state_dict(),
@@ -78,19 +79,22 @@ def train_modulation(run, t, images, labels):
         "seconds": time.perf_counter() - start}
 
 
+# Of what makes a modulation. Evaluation, memories and terminal are not in it: when those change,
+# nothing is trained again. Computed here, because a file may be edited while the program runs.
+CODE = data.code_digest(substrate, lora, train_modulation,
+                        data.split, data.task, data.task_labels, data.generator)
+
+
 def describe(args, train, vit):
-    """All that the modulations of a run depend on, except for the seed."""
+    """All that the modulations of a run depend on, but the seed and the machine."""
     options = ("dataset splits backbone image_size rank alpha epochs batch_size validate "
                "plain device dtype")
-    # Evaluation, memories and terminal are not in it: to change those, nothing is trained again.
-    code = (substrate, lora, train_modulation,
-            data.split, data.task, data.task_labels, data.generator)
     return {option: getattr(args, option) for option in options.split()} | {
         "lr": LR,
         "weight_decay": lora.WEIGHT_DECAY,
         "images": data.digest(train.images, train.labels),
         "weights": data.digest(*vit.parameters()),
-        "code": data.code_digest(*code)}
+        "code": CODE}
 
 
 class Run:
@@ -109,8 +113,8 @@ class Run:
         self.config = describe(args, train, self.vit)
         self.digest = data.digest(self.config)
         self.vit.to(args.device)
-        # Only W: the 8 bits of bfloat16 are too few for mean and std, and for the small steps that
-        # AdamW takes in adapters and heads.
+        # Before `add`, so that it is W alone: the 8 bits of bfloat16 are too few for mean and std,
+        # and for the small steps of AdamW in adapters and heads.
         for weight in self.vit.parameters():
             weight.data = weight.data.to(getattr(torch, args.dtype))
         lora.add(self.vit, args.rank, args.alpha)
@@ -218,13 +222,13 @@ def fit_linear_heads(run):
 
 
 def answers(images, task_ids, way):
-    """The predicted label (n,) of each image, within task_ids (n,), its task; all from 0."""
+    """Predicted labels (n,), each within the task that task_ids (n,) names; all from 0."""
     labels = torch.empty_like(task_ids)
     # The images of a task together, so that its modulation is loaded once.
     for t in task_ids.unique().tolist():
         of_task_t = task_ids == t
         logits = way(t, images[of_task_t])
-        labels[of_task_t] = logits.argmax(1).cpu()
+        labels[of_task_t] = logits.argmax(1)
     return labels
 
 
@@ -282,9 +286,10 @@ def probe(run):
         for n in range(1, T + 1):
             theta = run.modulation(n - 1)["theta"]
             memory.write(*lora.split_key(theta))
-            if n % math.ceil(T / 4) == 0 or n == T:             # four times, and when it is full
+            if n % math.ceil(T / 4) == 0 or n == T:             # at every quarter
                 rows.append(recall_with_noise(run, name, memory, keys[:n], 0))
         rows += [recall_with_noise(run, name, memory, keys, noise) for noise in NOISE]
+        # Of the full memory, with noise 0 and then with NOISE.
         lines[name] = [row["faa"] for row in rows[-1 - len(NOISE):]]
     data.save(run.folder / "probe.json", {"rows": rows})
     title = "FAA in %, by noise / rms of a key"
@@ -303,7 +308,7 @@ def recall_with_noise(run, name, memory, keys, noise):
         images, labels = data.task(run.test, run.tasks[t])
         logits = classify(run.vit, head, images, theta_hat)
         errors.append(evaluate.recall_error(theta_hat, run.modulation(t)["theta"]))
-        accuracies.append(evaluate.percent(logits.argmax(1).cpu() == labels))
+        accuracies.append(evaluate.percent(logits.argmax(1) == labels))
     row = {"memory": name, "stored": len(keys), "noise": noise,
            "error": statistics.fmean(errors), "faa": evaluate.faa(accuracies)}
     print("{memory:20} T {stored:3}  noise {noise:4}  error {error:.4f}  FAA {faa:.2f}"
@@ -323,7 +328,7 @@ def options(description):
     add("--memory", default="hopfield", metavar="NAME[:OPTION=VALUE,..]",
         help="the class NAME of NAME.py, and its options (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0], help="one run each (default: 0)")
-    add("--validate", action="store_true", help="test on a tenth of the training images, held out")
+    add("--validate", action="store_true", help="test on every tenth training image of a class")
     add("--backbone", choices=substrate.CONFIGS,
         help=f"default: {usual['backbone']}, for glyphs {glyphs['backbone']}")
     add("--weights", type=Path, help="weights of the backbone (default: shipped or downloaded)")
@@ -352,13 +357,15 @@ def positive(text):
 
 def main(args, action):
     """action(run) for each seed; then a table of the results, which `test` alone returns."""
-    # What is usual depends on the data set, so argparse cannot fill it in. (til.py lacks some.)
+    # What is usual depends on the data set, so argparse cannot fill it in. til.py has no options of
+    # the predictor: these are not None here, and passed over.
     for option, value in evaluate.usual(args.dataset, args.backbone).items():
         if getattr(args, option, value) is None:
             setattr(args, option, value)
     print(f"{args.dataset} in {args.splits} tasks; {args.backbone} at {args.image_size} px, LoRA "
           f"of rank {args.rank}; memory {args.memory}; on {args.device}", flush=True)
     set_up_torch(args)
+    evaluate.make_memory(args.memory, dim=10)   # a mistake in it shows before anything is trained
     train, test = data.load(args.dataset, args.data_dir)
     if args.validate:
         train, test = data.hold_out(train)
@@ -372,12 +379,12 @@ def main(args, action):
 def train_share(args, train, test):
     """Under torchrun, each process trains some of the tasks. Then the first one alone goes on."""
     torch.distributed.init_process_group("gloo")                # only to wait for each other
-    rank = torch.distributed.get_rank()
+    process = torch.distributed.get_rank()
     for run in (Run(args, seed, train, test) for seed in args.seeds):
-        for t in range(rank, len(run.tasks), torch.distributed.get_world_size()):
+        for t in range(process, len(run.tasks), torch.distributed.get_world_size()):
             run.learn(t, *data.task(train, run.tasks[t]))
     torch.distributed.barrier()
-    if rank > 0:
+    if process > 0:
         sys.exit()
 
 
@@ -399,10 +406,10 @@ def set_up_torch(args):
     # TF32, which --plain does without, rounds the factors of float32 products to 11 bits.
     torch.set_float32_matmul_precision("highest" if args.plain else "high")
     torch.backends.cudnn.allow_tf32 = not args.plain
-    # The same GPU gives the same bits. It costs 6 % of the time.
+    # So the same GPU gives the same bits, which costs 6 % of the time.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False     # slow, and nobody reads it
     warnings.filterwarnings("ignore", module="torch.autograd")  # about streams, as a graph is made
 
 

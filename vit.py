@@ -126,9 +126,9 @@ def cut_out(x, crop, size):
 
 @torch.no_grad()
 def features(vit, images):
-    """uint8 images (n, 3, h, w), on any device -> class tokens (n, d), float32, on the ViT's."""
+    """uint8 images (n, 3, h, w) -> class tokens (n, d), float32, on the device of the ViT."""
     device = vit.cls_token.device
-    batch_size = 250 if device.type == "cpu" else 1000              # a GPU waits for small batches
+    batch_size = 250 if device.type == "cpu" else 1000              # small ones leave a GPU idle
     tokens = [vit(prepare(batch.to(device), vit)) for batch in images.split(batch_size)]
     return torch.cat(tokens).float()
 
@@ -176,7 +176,7 @@ CONFIGS = {
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), names=TIMM,
         url="https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
             "/resolve/main/pytorch_model.bin"),
-    "dinov2_vits14": Config(                # Oquab et al., arXiv 2304.07193
+    "dinov2_vits14": Config(                # Oquab et al., arXiv 2304.07193; there 518 pixels
         image_size=112, patch=14, width=384, depth=12, heads=6, names=DINOV2,
         url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"),
     "vit_b_16": Config(                     # torchvision's ViT_B_16_Weights.IMAGENET1K_V1
@@ -188,8 +188,8 @@ CONFIGS = {
 def load(name, weights=None, image_size=None):
     """The substrate `name` of CONFIGS: pretrained, frozen, float32, in eval mode.
 
-    weights: a file in the published layout, if not the usual one. ValueError for a size or a file
-    that does not fit.
+    weights: a file in the published layout, in place of the published or shipped one. ValueError
+    for a size or a file that does not fit.
     """
     config = CONFIGS[name]
     vit = ViT(config, image_size)
