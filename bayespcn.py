@@ -23,10 +23,10 @@ and the energy is, with d_0 = P and d_l = H for l > 0,
 write   x^0 is theta. Descend E over the hidden layers, then update the belief by Bayes' rule.
 read    Only the key, the first |k| columns of x^0, is known. Descend E over the hidden layers, then
         predict the other columns by z R_0.
-        joint      (Yoo & Wood's way) minimises over the unknown columns, too. At the minimum, they
-                   equal their prediction and add no error, but d_0 = P still counts them. So the
-                   errors of |k| columns stand against P log v_0, which drives v_0 down, and with
-                   it z and the recalled z R_0: theta comes out too small.
+        joint      (Yoo & Wood's way) minimises over the unknown columns, too. That needs no search:
+                   at the minimum, they equal their prediction z R_0, and add no error. But d_0 = P
+                   still counts them, so that the errors of |k| columns stand against P log v_0.
+                   This drives v_0 down, and with it z, and z R_0: theta comes out too small.
         marginal   (ours, the default) integrates the unknown columns out: d_0 = |k|.
 """
 import math
@@ -94,8 +94,8 @@ class BayesPCN:
     def energy(self, hidden, error_0, d_0):
         """E at the hidden activations x^1, x^2, .., the rows of `hidden` (L-1, H).
 
-        error_0(z) is |x^0 - z R_0|^2, over the columns of x^0 that are known; d_0: how many columns
-        are counted (see `read` above).
+        error_0(z) is |x^0 - z R_0|^2, over the columns of x^0 that are known; d_0 is how many are
+        counted (on top of this file: joint, marginal).
         """
         x = [None, *hidden]                                         # x[l] is x^l; error_0 has x^0
         E = 0
@@ -146,7 +146,7 @@ class BayesPCN:
         theta = torch.cat([key, value]).double()                    # (P,)
         hidden = self.descend(theta, self.dim, stream=self.layers + 1 + self.n_written)
         # Only now are the weights updated: during the descent, the memory does not change.
-        self.condition([theta[None], *hidden[:, None]])
+        self.condition([theta[None], *hidden[:, None]])             # one row: (1, P), (1, H), ..
 
     def read(self, key):
         """theta_hat (dim,) for a key (|k|,); for several keys (n, |k|), one after the other."""
@@ -184,7 +184,10 @@ class BayesPCN:
         U.addr_(gain, Uz, alpha=-1)                                 # U <- U - gain z U
 
     def forget(self, strength):
-        """Moves the posterior towards the prior: strength 0 keeps everything, 1 forgets all."""
+        """Moves the posterior towards the prior: strength 0 keeps everything, 1 forgets all.
+
+        Like log_joint, it is Yoo & Wood's, and not used by til.py and mts.py.
+        """
         if self.n_written == 0:
             return
         keep = math.sqrt(1 - strength)
@@ -201,5 +204,5 @@ class BayesPCN:
 
     @property
     def nbytes(self):
-        """Size of R, U and r in bytes."""
+        """Size of R, U and r in bytes. (The copy of the first R, for `forget`, is not counted.)"""
         return sum(x.nbytes for x in (*self.R, *self.U, self.r))

@@ -222,7 +222,7 @@ def cell(runs, column):
     for run in runs:
         error = run["recall_error"]["mean"]
         values.append((run | run["controls"] | {"recall_error": error}).get(column))
-    if None in values:                          # a result of an older version
+    if None in values:                          # a result from before there was such a column
         return "–"
     digits = 4 if column == "recall_error" else 2
     text = f"{statistics.mean(values):.{digits}f}"

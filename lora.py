@@ -31,8 +31,8 @@ class LoRALinear(nn.Module):
     def modulated_weight(self):
         """W + (alpha / r) B A (d_out, d), in the dtype of W."""
         W = self.base.weight
-        # Not x A^T B^T beside x W^T: one product with x is quicker than three (4 % of a training
-        # step) and, as measured, as accurate, though the sum is rounded to bfloat16.
+        # The sum is multiplied with x, not W and B A apart: one product with x is quicker than
+        # three (4 % of a step) and, as measured, as accurate, though a GPU's W has 8 bits.
         return (W + self.scale * self.B @ self.A).to(W.dtype)
 
     def forward(self, x):                                       # (.., d) -> (.., d_out)
@@ -71,7 +71,8 @@ def init(vit, generator=None):
     """Algorithm 1, line 5: a random theta. A is Kaiming-uniform, and B is zero."""
     for layer in adapters(vit):
         # Drawn on the CPU, so that every device begins with the same theta. sqrt(5) is what
-        # nn.Linear and Hu et al. use; with B = 0, training begins at the bare substrate.
+        # nn.Linear and the code of Hu et al. use (their paper says Gaussian). With B = 0, training
+        # begins at the bare substrate.
         A = torch.empty(layer.A.shape)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         layer.A.copy_(A)
@@ -115,7 +116,10 @@ def split_key(theta):
 
 @torch.no_grad()
 def merge(vit):
-    """Adds (alpha / r) B A to each W and removes the adapters: a plain ViT, the same function."""
+    """Adds (alpha / r) B A to each W and removes the adapters: a plain ViT, the same function.
+
+    For the tests, and for you: til.py and mts.py do not merge.
+    """
     for layer in adapters(vit):
         layer.base.weight.copy_(layer.modulated_weight())
     remove(vit)
@@ -190,14 +194,14 @@ def flips_and_crops(n, generator, smallest=0.35):
 
 def fit(classifier, images, labels, epochs, batch_size, lr, generator, augment=flips,
         label_smoothing=0.0, report=None):
-    """Trains theta and the head to predict the labels (n,) of uint8 images (n, 3, h, w).
+    """Trains theta and the head, not W, to predict the labels (n,) of uint8 images (n, 3, h, w).
 
     lr: the learning rate at the start and at the end. augment(n, generator) draws, for an epoch,
-    what the classifier takes beside images. report(epoch, loss, accuracy), from 1 on, in percent,
-    is called after each. Returns the last loss and accuracy. ValueError if the loss is not finite.
+    what the classifier takes beside images. After each epoch, report(epoch, loss, accuracy) is
+    called, epochs from 1 on. Returns the last loss and accuracy, in percent. ValueError if the loss
+    is not finite.
     """
     n = len(labels)
-    # A, B and the head: W is frozen.
     weights = [weight for weight in classifier.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr[0], weight_decay=WEIGHT_DECAY, fused=True)
     steps = epochs * math.ceil(n / batch_size)

@@ -55,7 +55,7 @@ def predict_task(vit, predictor, images, n_tasks):
 
 
 def predictor_targets(run):
-    """What the predictor learns to tell of each image, from 0 (n,); how many there are of it."""
+    """The predictor's target for each image (n,), from 0, and the number of different targets."""
     task_ids, labels = data.task_labels(run.train, run.tasks)
     if run.args.predictor == "tasks":                           # the paper's
         return task_ids, len(run.tasks)

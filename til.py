@@ -79,8 +79,9 @@ def train_modulation(run, t, images, labels):
         "seconds": time.perf_counter() - start}
 
 
-# Of what makes a modulation. Evaluation, memories and terminal are not in it: when those change,
-# nothing is trained again. Computed here, because a file may be edited while the program runs.
+# The digest of the code that makes a modulation. If you add a function to it, add it here, or old
+# modulations are found. Evaluation, memories and terminal are left out: when they change, nothing
+# is trained again. Taken at import, because a file may be edited while the program runs.
 CODE = data.code_digest(substrate, lora, train_modulation,
                         data.split, data.task, data.task_labels, data.generator)
 
@@ -113,8 +114,8 @@ class Run:
         self.config = describe(args, train, self.vit)
         self.digest = data.digest(self.config)
         self.vit.to(args.device)
-        # Before `add`, so that it is W alone: the 8 bits of bfloat16 are too few for mean and std,
-        # and for the small steps of AdamW in adapters and heads.
+        # Before `add`, so that only W is cast: bfloat16 is too coarse for AdamW's small steps in
+        # adapters and heads. Mean and std are buffers, and stay float32, too.
         for weight in self.vit.parameters():
             weight.data = weight.data.to(getattr(torch, args.dtype))
         lora.add(self.vit, args.rank, args.alpha)
@@ -138,7 +139,7 @@ class Run:
             data.save(self.path(t), made)
             print_training("task", t + 1, len(self.tasks), made["loss"], made["accuracy"],
                            self.args.epochs * len(labels), made["seconds"])
-        # From the file even if it is new: a command and its repetition read the same.
+        # Read back even if it is new: a command and its repetition take the same path.
         return self.modulation(t)["theta"]
 
     def modulation(self, t):
@@ -357,8 +358,8 @@ def positive(text):
 
 def main(args, action):
     """action(run) for each seed; then a table of the results, which `test` alone returns."""
-    # What is usual depends on the data set, so argparse cannot fill it in. til.py has no options of
-    # the predictor: these are not None here, and passed over.
+    # What is usual depends on the data set, so argparse cannot fill it in. Options that til.py does
+    # not have, those of the predictor, are passed over.
     for option, value in evaluate.usual(args.dataset, args.backbone).items():
         if getattr(args, option, value) is None:
             setattr(args, option, value)
