@@ -51,13 +51,15 @@ class BayesPCN:
                  steps=500, read="marginal", seed=0):
         if read not in ("marginal", "joint"):
             raise ValueError(f"read is marginal or joint, not {read}")
-        if hidden < 1 or steps < 1 or layers < 2:
-            raise ValueError("hidden and steps are 1 or more, and layers 2 or more")
+        if not all(isinstance(n, int) and n > 0 for n in (hidden, layers - 1, steps)):
+            raise ValueError("hidden, layers and steps are whole numbers, from 1, 2 and 1 on")
+        if not min(map(float, (sigma_prior, sigma_obs, lr))) > 0:
+            raise ValueError("sigma_prior, sigma_obs and lr are numbers above 0")
         self.dim = dim
         self.H = hidden
         self.layers = layers
-        self.lr = float(lr)
-        self.steps = int(steps)
+        self.lr = lr
+        self.steps = steps
         self.read_mode = read
         self.seed = seed
         self.s2 = sigma_obs ** 2

@@ -31,7 +31,8 @@ def load(name, data_dir):
     """(train, test) of a data set, both Images. ValueError or OSError if something is broken."""
     try:
         return LOADERS[name](Path(data_dir))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        # RuntimeError: torchvision's, for a download that was cut short.
         raise OSError(f"cannot load {name}: {error}. Is it in {data_dir}? "
                       "Without network, it has to be put there by hand") from error
 
@@ -73,47 +74,84 @@ def decode_tinyimagenet(folder, n_train=500, n_val=50):
     wnids = (folder / "wnids.txt").read_text().split()
     words = (folder / "words.txt").read_text().splitlines()
     names = dict(line.split("\t") for line in words)
-    # Sorted: the order in which a file system lists them differs between machines.
-    train = [(path, wnid) for wnid in wnids
-             for path in sorted((folder / "train" / wnid).rglob("*.JPEG"))]
-    # All val images lie in one folder: only the annotations tell their classes.
-    lines = (folder / "val/val_annotations.txt").read_text().splitlines()
-    val = [line.split("\t")[:2] for line in sorted(lines)]
-    val = [(folder / "val/images" / name, wnid) for name, wnid in val]
+    halves = list_tinyimagenet(folder, wnids)
+    for half, each in (("train", n_train), ("val", n_val)):         # before a minute of decoding
+        found = [wnid for path, wnid in halves[half] if path.exists()]
+        if sorted(found) != sorted(each * wnids):
+            raise ValueError(f"{folder / half} does not hold {each} images of each class: remove "
+                             f"{folder}, and unpack the official archive again")
     content = {}
-    for half, files, each in (("train", train, n_train), ("val", val, n_val)):
-        labels = torch.tensor([wnids.index(wnid) for _, wnid in files])
-        if labels.bincount(minlength=len(wnids)).tolist() != [each] * len(wnids):
-            raise ValueError(f"{folder / half} does not hold {each} images of each class")
+    for half, files in halves.items():
         content[half] = {
             "images": decode([path for path, _ in files], 64, f"decoding {half} images"),
-            "labels": labels,
+            "labels": torch.tensor([wnids.index(wnid) for _, wnid in files]),
             "classes": [names[wnid].split(",")[0] for wnid in wnids]}
     return content
 
 
+def list_tinyimagenet(folder, wnids):
+    """{"train": .., "val": ..}: lists of (path, name of its class)."""
+    # Sorted: the order in which a file system lists them differs between machines.
+    train = [(path, wnid) for wnid in wnids
+             for path in sorted((folder / "train" / wnid).rglob("[!.]*.JPEG"))]
+    # All val images lie in one folder: only the annotations tell their classes.
+    lines = (folder / "val/val_annotations.txt").read_text().splitlines()
+    val = [line.split("\t")[:2] for line in sorted(lines)]
+    val = [(folder / "val/images" / name, wnid) for name, wnid in val]
+    return {"train": train, "val": val}
+
+
 # ---- pictures of one's own ---------------------------------------------------------------------
 def folder(data_dir):
-    """Your own pictures in data_dir/train/<class>/ and test/<class>/, as 224 x 224 squares."""
-    train = read_half(data_dir / "train")
-    test = read_half(data_dir / "test")
-    differing = {*train.classes} ^ {*test.classes}
-    if differing:
-        raise ValueError(f"{data_dir}: train/ and test/ hold different classes: {differing}")
-    return train, test
+    """Your own pictures in data_dir/train/<class>/ and test/<class>/, as 224 x 224 squares.
+
+    val/ is taken if there is no test/. The pictures are decoded once and kept, and decoded again if
+    a file was added, removed or changed.
+    """
+    train = data_dir / "train"
+    test = data_dir / "test"
+    val = data_dir / "val"
+    if val.exists() and not test.exists():
+        test = val
+    for half, other in ((train, test), (test, train)):
+        missing = {*class_names(other)} - {*class_names(half)}
+        if missing:
+            raise ValueError(f"{half} has no folders {sorted(missing)}, but {other} has")
+    files = [list_pictures(half) for half in (train, test)]
+    version = digest([(str(path), path.stat().st_mtime_ns) for path in sum(files, [])])
+    cache = data_dir / "pictures.pt"
+    content = read(cache) if cache.exists() else {}
+    if content.get("version") != version:
+        images = [decode(paths, 224, "decoding pictures") for paths in files]
+        content = {"version": version, "images": images}
+        with contextlib.suppress(OSError):      # we may not be allowed to write there
+            save(cache, content)
+    classes = class_names(train)
+    parts = []
+    for images, paths in zip(content["images"], files):
+        labels = [classes.index(path.parent.name) for path in paths]
+        parts.append(Images(images, torch.tensor(labels), classes))
+    return parts
 
 
-def read_half(folder):
-    """Images, from a folder for each class. It says how many files are not pictures."""
+def class_names(folder):
+    """The names of the folders in it, one for each class."""
+    names = [path.name for path in sorted(folder.iterdir()) if is_visible(path) and path.is_dir()]
+    if not names:
+        raise ValueError(f"{folder} holds no folders, one for each class")
+    return names
+
+
+def list_pictures(folder):
+    """The picture files of all classes. It says how many other files there are."""
     suffixes = Image.registered_extensions()
-    classes = [path.name for path in sorted(folder.iterdir()) if is_visible(path) and path.is_dir()]
-    found = [path for name in classes for path in sorted((folder / name).iterdir())]
+    found = [path for name in class_names(folder) for path in sorted((folder / name).iterdir())]
     files = [path for path in found if is_visible(path) and path.suffix.lower() in suffixes]
-    if not files:
-        raise ValueError(f"there are no pictures in {folder}/<class>/")
+    empty = {*class_names(folder)} - {path.parent.name for path in files}
+    if empty:
+        raise ValueError(f"{folder}: there are no pictures of {sorted(empty)}")
     print(f"{folder}: {len(files)} pictures, {len(found) - len(files)} other files left out")
-    labels = [classes.index(path.parent.name) for path in files]
-    return Images(decode(files, 224, f"reading {folder}"), torch.tensor(labels), classes)
+    return files
 
 
 def is_visible(path):
@@ -131,8 +169,9 @@ def picture(path, size):
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         square = ImageOps.fit(to_rgb(image), (size, size))          # bicubic
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:   # Syntax..: a broken PNG
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # SyntaxError: a broken PNG.
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
@@ -140,8 +179,11 @@ def to_rgb(image):
     """A picture of any kind with 8 bits a channel, transparent parts on white."""
     if image.mode[0] in "IF":
         # More than 8 bits: `convert` would cut off what is over 255, and make nearly all white.
-        pixels = np.asarray(image, np.float64)
-        full = 1 if pixels.max() <= 1 else 65535                    # floats are in [0, 1]
+        pixels = np.nan_to_num(np.asarray(image, np.float64), posinf=0)
+        # What white is, the file does not say: floats are in [0, 1] or, as integers, have 8 or 16
+        # bits.
+        limits = (1, 255, 65535) if image.mode == "F" else (65535,)
+        full = next((limit for limit in limits if pixels.max() <= limit), pixels.max())
         image = Image.fromarray((255 * pixels / full).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -229,8 +271,9 @@ def split(n_classes, splits, seed):
     # With one class in a task, there would be nothing to learn.
     choices = [n for n in range(1, n_classes // 2 + 1) if n_classes % n == 0]
     if splits not in choices:
+        prime = f", as {n_classes} is prime" if choices == [1] else ""
         raise ValueError(f"{n_classes} classes do not make {splits} tasks of two classes or more, "
-                         f"of equal size: choose one of {choices}")
+                         f"of equal size{prime}: choose one of {choices}, add or omit classes")
     order = np.random.default_rng(seed).permutation(n_classes)
     return order.reshape(splits, -1).tolist()
 
@@ -258,6 +301,9 @@ def hold_out(train):
     held = torch.zeros(len(train.labels), dtype=torch.bool)
     for label in train.labels.unique():
         places = (train.labels == label).nonzero()
+        if len(places) < 2:
+            raise ValueError("--validate needs two training images of a class, or more: of "
+                             f"{train.classes[label]}, there is one")
         held[places[::10]] = True
     return [train._replace(images=train.images[part], labels=train.labels[part])
             for part in (~held, held)]
@@ -277,12 +323,17 @@ def save(path, content):
     # name, as two commands may write the same file.
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".json":
-        # NaN is no JSON, and where a figure should be, a mistake.
-        scratch.write_text(json.dumps(content, allow_nan=False))
-    else:
-        torch.save(content, scratch)
-    scratch.replace(path)
+    try:
+        if path.suffix == ".json":
+            # NaN is no JSON, and where a figure should be, a mistake.
+            scratch.write_text(json.dumps(content, allow_nan=False))
+        else:
+            torch.save(content, scratch)
+        scratch.replace(path)
+    except (OSError, RuntimeError) as error:    # RuntimeError: torch.save's, on a full disk
+        raise OSError(f"cannot write {path}, is there space left? {error}") from error
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def read(path):
@@ -324,6 +375,18 @@ def code_digest(*things):
                     del node.body[0]
         texts.append(ast.unparse(tree))
     return digest(texts)
+
+
+def at_least(low):
+    """A type for argparse: whole numbers from `low` on."""
+    def whole_number(text):
+        if not text.isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} on")
+        return int(text)
+    return whole_number
+
+
+positive = at_least(1)
 
 
 def parser(description):

@@ -46,6 +46,8 @@ def parse_options(text):
     options = {}
     for pair in filter(None, text.split(",")):
         name, _, value = pair.partition("=")
+        if not value:
+            raise ValueError(f"'{pair}' is not OPTION=VALUE")
         try:
             options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -305,8 +307,9 @@ def main():
     memories = ["hopfield", "bayespcn"]
     add("runs", type=Path, nargs="+", help="folders with results in them or below; or: bench")
     add("--memory", nargs="+", default=memories, help="bench: as for til.py (default: both)")
-    add("--tasks", type=int, nargs="+", default=[20, 100], help="bench: T (default: 20 100)")
-    add("--dim", type=int, default=147_456, help="bench: P (default: %(default)s)")
+    add("--tasks", type=data.positive, nargs="+", default=[20, 100],
+        help="bench: T (default: 20 100)")
+    add("--dim", type=data.positive, default=147_456, help="bench: P (default: %(default)s)")
     add("--out", type=Path, default="runs/bench.json", help="bench (default: %(default)s)")
     args = parser.parse_args()
     if args.runs == [Path("bench")]:

@@ -7,6 +7,7 @@ of that task is recalled, as in TIL. theta_0 itself is never written to the memo
     python mts.py --dataset tinyimagenet --splits 50 --predictor classes
     python mts.py --predict picture.png                     # Algorithm 4 on one picture
 """
+import argparse
 import time
 
 import torch
@@ -113,6 +114,13 @@ def predictor_path(run):
     return run.folder / f"predictor-{args.predictor}-{digest}.pt"
 
 
+def share(text):
+    """A type for argparse: numbers in [0, 1)."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+    return float(text)
+
+
 # ---- evaluation --------------------------------------------------------------------------------
 def test(run):
     """Algorithm 3, then 4 on all test images; writes its figures to a JSON file, returns them."""
@@ -161,6 +169,6 @@ if __name__ == "__main__":
         parser = til.options(__doc__)
         parser.add_argument("--predictor", choices=("tasks", "classes"),
                             help="learns the task, as in the paper, or the class (default: tasks)")
-        parser.add_argument("--label-smoothing", type=float, help="of the predictor (default: 0)")
+        parser.add_argument("--label-smoothing", type=share, help="of the predictor (default: 0)")
         args = parser.parse_args()
         til.main(args, predict if args.predict else test)

@@ -228,18 +228,14 @@ def answers(images, task_ids, way):
     # The images of a task together, so that its modulation is loaded once.
     for t in task_ids.unique().tolist():
         of_task_t = task_ids == t
-        logits = way(t, images[of_task_t])
-        labels[of_task_t] = logits.argmax(1)
+        labels[of_task_t] = way(t, images[of_task_t]).argmax(1)
     return labels
 
 
 def recall_errors(run, memory, keys):
     """|theta_hat - theta| / |theta| of each task."""
-    errors = []
-    for t, key in enumerate(data.progress(keys, "recalling")):
-        theta = run.modulation(t)["theta"]
-        errors.append(evaluate.recall_error(memory.read(key), theta))
-    return errors
+    return [evaluate.recall_error(memory.read(key), run.modulation(t)["theta"])
+            for t, key in enumerate(data.progress(keys, "recalling"))]
 
 
 def test(run):
@@ -328,32 +324,27 @@ def options(description):
     add("--splits", type=int, default=20, help="number of tasks T (default: %(default)s)")
     add("--memory", default="hopfield", metavar="NAME[:OPTION=VALUE,..]",
         help="the class NAME of NAME.py, and its options (default: %(default)s)")
-    add("--seeds", type=int, nargs="+", default=[0], help="one run each (default: 0)")
+    add("--seeds", type=data.at_least(0), nargs="+", default=[0],
+        help="one run each (default: 0)")
     add("--validate", action="store_true", help="test on every tenth training image of a class")
     add("--backbone", choices=substrate.CONFIGS,
         help=f"default: {usual['backbone']}, for glyphs {glyphs['backbone']}")
     add("--weights", type=Path, help="weights of the backbone (default: shipped or downloaded)")
-    add("--image-size", type=positive,
+    add("--image-size", type=data.positive,
         help=f"side of the input (default: the backbone's, for glyphs {glyphs['image_size']})")
-    add("--rank", type=positive, help=f"rank r of LoRA (default: {usual['rank']})")
-    add("--alpha", type=positive, help=f"LoRA's scale is alpha / r (default: {usual['alpha']})")
-    add("--epochs", type=positive, help=f"epochs a task (default: {usual['epochs']})")
-    add("--batch-size", type=positive,
+    add("--rank", type=data.positive, help=f"rank r of LoRA (default: {usual['rank']})")
+    add("--alpha", type=data.positive,
+        help=f"LoRA's scale is alpha / r (default: {usual['alpha']})")
+    add("--epochs", type=data.positive, help=f"epochs a task (default: {usual['epochs']})")
+    add("--batch-size", type=data.positive,
         help=f"default: {usual['batch_size']}, for glyphs {glyphs['batch_size']}")
     add("--data-dir", type=Path, default="data", help="of the data sets (default: %(default)s)")
     add("--out", type=Path, default="runs", help="of the run folders (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: a GPU, if there is one")
+        type=str.lower, help="default: a GPU, if there is one")
     add("--plain", action="store_true", help="on a GPU: float32, no TF32, no CUDA graph; slow")
     add("--predict", type=Path, metavar="PICTURE", help="classify a picture, not the test images")
     return parser
-
-
-def positive(text):
-    """A whole number from 1 on, for argparse."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def main(args, action):
@@ -366,7 +357,12 @@ def main(args, action):
     print(f"{args.dataset} in {args.splits} tasks; {args.backbone} at {args.image_size} px, LoRA "
           f"of rank {args.rank}; memory {args.memory}; on {args.device}", flush=True)
     set_up_torch(args)
-    evaluate.make_memory(args.memory, dim=10)   # a mistake in it shows before anything is trained
+    # Mistakes that are found before anything is decoded, or trained.
+    evaluate.make_memory(args.memory, dim=10)
+    if len({*args.seeds}) < len(args.seeds):
+        raise ValueError("--seeds: one of them is given twice")
+    if args.dataset == "folder":
+        data.split(len(data.class_names(args.data_dir / "train")), args.splits, seed=0)
     train, test = data.load(args.dataset, args.data_dir)
     if args.validate:
         train, test = data.hold_out(train)

@@ -5,6 +5,7 @@ Query, key and value have separate projections, so that lora.py can wrap exactly
     vit = load("vit_ti_16")                 # frozen, with published weights
     tokens = features(vit, images)          # uint8 (n, 3, h, w) -> class tokens (n, d)
 """
+import pickle
 import re
 import textwrap
 from pathlib import Path
@@ -201,8 +202,13 @@ def load(name, weights=None, image_size=None):
         state["pos_embed"] = resize_positions(state["pos_embed"], n)
         vit.load_state_dict(state)
     except Exception as error:
+        if source == config.url:
+            # Cut short, or a page of HTML: it must not be found again.
+            Path(torch.hub.get_dir(), "checkpoints", f"{name}.pth").unlink(missing_ok=True)
         # Many kinds: no network, no such file, no weights in it, or those of another network.
         reason = textwrap.shorten(str(error), 400)
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it is damaged, or holds other things than tensors"
         raise ValueError(f"{source} does not give the weights of {name} ({reason}): "
                          "try --weights, or --backbone vit_micro") from error
     return vit.requires_grad_(False).eval()
@@ -213,13 +219,19 @@ def read_weights(name, source):
     if source == CONFIGS[name].url:
         return torch.hub.load_state_dict_from_url(
             source, map_location="cpu", file_name=f"{name}.pth", weights_only=True)
+    if str(source).endswith(".safetensors"):
+        raise ValueError("a safetensors file: take the pytorch_model.bin beside it")
     return torch.load(source, map_location="cpu", weights_only=True)
 
 
 def rename(state, rules):
     """Published weights by name -> ours, without those that we do not need."""
+    # As training programs save them, beside an optimizer, and from DataParallel.
+    for wrapper in ("model", "state_dict"):
+        state = state.get(wrapper, state)
     renamed = {}
     for name, weight in state.items():
+        name = name.removeprefix("module.")
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         if ".qkv." in name:                 # three layers in one: (3 d, ..)
