@@ -4,29 +4,32 @@ Yoo & Wood, "BayesPCN: A Continually Learnable Predictive Coding Associative Mem
 arXiv 2205.09930), with one particle. There are L layers of activations: x^0 = theta (P wide), and
 the hidden x^1 .. x^(L-1) (H wide). Regression l predicts x^l from the layer above it, that is, from
 the row vector z = GELU(x^(l+1)). The inputs z are not known, so that a write and a read both begin
-with a search for the hidden layers that explain x^0 best. The weights W_l are random:
+with a search for the hidden layers that explain x^0 best. The weights W_l are random variables, of
+which only a belief is kept:
 
     x^l | x^(l+1) ~ N(z W_l, s2 I),  W_l ~ MatrixNormal(R_l, U_l, I)    for l = 0 .. L-2
     x^(L-1)       ~ N(w, s2 I),      w ~ N(r, u I)                      at the top
 
-What is stored is a belief about them: the means R_l (H, d_l) and r (H,), the covariance U_l (H, H)
-between the H rows of W_l, which all its columns share, and the variance u. With the weights
-integrated out,
+That is, the means R_l (H, d_l) and r (H,), the covariance U_l (H, H) between the H rows of W_l,
+which all its columns share, and the variance u. With the weights integrated out,
 
-    x^l ~ N(z R_l, v_l I)  with v_l = s2 + z U_l z^T,   x^(L-1) ~ N(r, v I)  with v = s2 + u
+    x^l | x^(l+1) ~ N(z R_l, v_l I)  with v_l = s2 + z U_l z^T
+    x^(L-1)       ~ N(r, v I)        with v = s2 + u
 
 and the energy is, with d_0 = P and d_l = H for l > 0,
 
     E = -log p = 1/2 sum_l [ |x^l - z R_l|^2 / v_l + d_l log(2 pi v_l) ]
                + 1/2 [ |x^(L-1) - r|^2 / v + H log(2 pi v) ]
 
-write   x^0 is theta. Descend E over the hidden layers, then update the belief by Bayes' rule.
+write   x^0 is theta. Descend E over the hidden layers, then update the belief by Bayes' rule. So E
+        becomes low there, and a read can descend to the same place, from a part of x^0.
 read    Only the key, the first |k| columns of x^0, is known. Descend E over the hidden layers, then
         predict the other columns by z R_0.
         joint      (Yoo & Wood's way) minimises over the unknown columns, too. That needs no search:
                    at the minimum, they equal their prediction z R_0, and add no error. But d_0 = P
                    still counts them, so that the errors of |k| columns stand against P log v_0.
-                   This drives v_0 down, and with it z, and z R_0: theta comes out too small.
+                   This drives v_0 = s2 + z U_0 z^T down, so that z and z R_0 shrink: theta comes
+                   out too small.
         marginal   (ours, the default) integrates the unknown columns out: d_0 = |k|.
 """
 import math
@@ -71,83 +74,11 @@ class BayesPCN:
         self.r = self.noise(layers - 1, 1, hidden)[0]                           # (H,)
         self.n_written = 0
 
-    def noise(self, stream, rows, width):
-        """Noise (rows, width) of variance 1 / width, the same for the same stream.
-
-        stream: l for the prior of layer l, L for reads, L + 1 + t for write t.
-        """
-        generator = torch.Generator().manual_seed(100_003 * self.seed + stream)
-        x = torch.randn(rows, width, generator=generator)
-        return x.double() / math.sqrt(width)
-
-    # ---- the energy, and its descent -----------------------------------------------------------
-    def squared_error(self, x0):
-        """The function z -> |x0 - z R|^2, for x0 (m,), and R the first m columns of R_0.
-
-        Multiplied out, it is x0 x0^T - 2 z R x0^T + z (R R^T) z^T. With R x0^T (H,) and R R^T
-        (H, H) computed once for a descent, a step costs O(H^2) instead of O(H m).
-        """
-        R = self.R[0][:, :len(x0)]
-        x0_x0 = x0 @ x0
-        R_x0 = R @ x0
-        R_R = R @ R.T
-        return lambda z: x0_x0 - 2 * z @ R_x0 + z @ R_R @ z
-
-    def energy(self, hidden, error_0, d_0):
-        """E at the hidden activations x^1, x^2, .., the rows of `hidden` (L-1, H).
-
-        error_0(z) is |x^0 - z R_0|^2, over the columns of x^0 that are known; d_0 is how many are
-        counted (on top of this file: joint, marginal).
-        """
-        x = [None, *hidden]                                         # x[l] is x^l; error_0 has x^0
-        E = 0
-        for l in range(self.layers - 1):                            # x^(l+1) predicts x^l
-            z = gelu(x[l + 1])
-            v = self.s2 + z @ self.U[l] @ z
-            if l == 0:
-                E = E + minus_log_normal(error_0(z), v, d_0)
-            else:
-                error = (x[l] - z @ self.R[l]).square().sum()
-                E = E + minus_log_normal(error, v, self.H)
-        v = x[-1].new_tensor(self.s2 + self.u)                      # at the top
-        error = (x[-1] - self.r).square().sum()
-        return E + minus_log_normal(error, v, self.H)
-
-    @torch.enable_grad()                    # works under torch.no_grad(), too
-    def descend(self, x0, d_0, stream):
-        """The hidden activations (L-1, H) that explain x0, by Adam on E from noise."""
-        hidden = self.noise(stream, self.layers - 1, self.H).requires_grad_()
-        error_0 = self.squared_error(x0)
-        adam = torch.optim.Adam([hidden], self.lr)
-        # At a constant rate, E ends on a noisy plateau. It settles as the rate falls.
-        schedule = torch.optim.lr_scheduler.LambdaLR(adam, self.decay)
-        self.trace = []
-        # The matrices are small: more threads gain nothing, and wait long for cores that are busy.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        for step in range(self.steps):
-            E = self.energy(hidden, error_0, d_0)
-            E.backward()                    # with respect to the activations, not to the weights
-            self.trace.append(E.item())
-            # Two steps that differ by so little count as the end.
-            if step > 0 and abs(self.trace[-1] - self.trace[-2]) < 1e-3:
-                break
-            adam.step()
-            schedule.step()
-            adam.zero_grad()
-        torch.set_num_threads(threads)
-        return hidden.detach()
-
-    def decay(self, step):
-        """The factor of the learning rate: 1 for 30 % of the steps, then a straight line to 0."""
-        return min(1, (1 - step / self.steps) / 0.7)
-
-    # ---- the memory ----------------------------------------------------------------------------
     def write(self, key, value):
         """Stores theta = key (+) value, two vectors with `dim` elements together."""
         theta = torch.cat([key, value]).double()                    # (P,)
         hidden = self.descend(theta, self.dim, stream=self.layers + 1 + self.n_written)
-        # Only now are the weights updated: during the descent, the memory does not change.
+        # Only now is the belief updated: during the descent, the memory does not change.
         self.condition([theta[None], *hidden[:, None]])             # one row: (1, P), (1, H), ..
 
     def read(self, key):
@@ -177,13 +108,84 @@ class BayesPCN:
             self.n_written += 1
 
     def regress(self, l, z, y):
-        """Bayesian linear regression: W_l learns that z (H,) goes with y = x^l (d_l,)."""
+        """Bayesian linear regression of y = x^l (d_l,) on z (H,): U_l^-1 grows by z^T z / s2."""
         R = self.R[l]
         U = self.U[l]
         Uz = U @ z                                                  # U z^T  (H,)
         gain = Uz / (self.s2 + z @ Uz)                              # U z^T / v_l  (H,)
         R.addr_(gain, y - z @ R)                                    # R <- R + gain (y - z R)
         U.addr_(gain, Uz, alpha=-1)                                 # U <- U - gain z U
+
+    # ---- the energy, and its descent -----------------------------------------------------------
+    @torch.enable_grad()                    # works under torch.no_grad(), too
+    def descend(self, x0, d_0, stream):
+        """The hidden activations (L-1, H) that explain x0, by Adam on E from noise."""
+        hidden = self.noise(stream, self.layers - 1, self.H).requires_grad_()
+        error_0 = self.squared_error(x0)
+        adam = torch.optim.Adam([hidden], self.lr)
+        # At a constant rate, E ends on a noisy plateau. It settles as the rate falls.
+        schedule = torch.optim.lr_scheduler.LambdaLR(adam, self.decay)
+        self.trace = []
+        # The matrices are small: more threads gain nothing, and wait long for cores that are busy.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        for step in range(self.steps):
+            E = self.energy(hidden, error_0, d_0)
+            E.backward()                    # with respect to the activations, not to the weights
+            self.trace.append(E.item())
+            # Two steps that differ by so little count as the end.
+            if step > 0 and abs(self.trace[-1] - self.trace[-2]) < 1e-3:
+                break
+            adam.step()
+            schedule.step()
+            adam.zero_grad()
+        torch.set_num_threads(threads)
+        return hidden.detach()
+
+    def decay(self, step):
+        """The factor of the learning rate: 1 for 30 % of the steps, then a straight line to 0."""
+        return min(1, (1 - step / self.steps) / 0.7)
+
+    def energy(self, hidden, error_0, d_0):
+        """E at the hidden activations x^1, x^2, .., the rows of `hidden` (L-1, H).
+
+        error_0, a function of z, is |x^0 - z R_0|^2 over the known columns of x^0. d_0 is P or, in
+        a marginal read, |k|.
+        """
+        x = [None, *hidden]                                         # x[l] is x^l; error_0 has x^0
+        E = 0
+        for l in range(self.layers - 1):                            # x^(l+1) predicts x^l
+            z = gelu(x[l + 1])
+            v = self.s2 + z @ self.U[l] @ z
+            if l == 0:
+                E = E + minus_log_normal(error_0(z), v, d_0)
+            else:
+                error = (x[l] - z @ self.R[l]).square().sum()
+                E = E + minus_log_normal(error, v, self.H)
+        v = x[-1].new_tensor(self.s2 + self.u)                      # at the top
+        error = (x[-1] - self.r).square().sum()
+        return E + minus_log_normal(error, v, self.H)
+
+    def squared_error(self, x0):
+        """The function z -> |x0 - z R|^2, for x0 (m,), and R the first m columns of R_0.
+
+        Multiplied out, it is x0 x0^T - 2 z R x0^T + z (R R^T) z^T. With R x0^T (H,) and R R^T
+        (H, H) computed once for a descent, a step costs O(H^2) instead of O(H m).
+        """
+        R = self.R[0][:, :len(x0)]
+        x0_x0 = x0 @ x0
+        R_x0 = R @ x0
+        R_R = R @ R.T
+        return lambda z: x0_x0 - 2 * z @ R_x0 + z @ R_R @ z
+
+    def noise(self, stream, rows, width):
+        """Noise (rows, width) of variance 1 / width, the same for the same stream.
+
+        stream: l for the prior of layer l, L for reads, L + 1 + t for write t.
+        """
+        generator = torch.Generator().manual_seed(100_003 * self.seed + stream)
+        x = torch.randn(rows, width, generator=generator)
+        return x.double() / math.sqrt(width)
 
     def forget(self, strength):
         """Moves the posterior towards the prior: strength 0 keeps everything, 1 forgets all.
@@ -206,5 +208,5 @@ class BayesPCN:
 
     @property
     def nbytes(self):
-        """Size of R, U and r in bytes. (The copy of the first R, for `forget`, is not counted.)"""
+        """Size of R, U and r in bytes. (The copy of the prior, for `forget`, is not counted.)"""
         return sum(x.nbytes for x in (*self.R, *self.U, self.r))

@@ -278,21 +278,21 @@ def split(n_classes, splits, seed):
     return order.reshape(splits, -1).tolist()
 
 
-def task_labels(half, tasks):
+def task_labels(part, tasks):
     """Each image's task (N,) and label within it (N,), from 0; -1 if it is in none of the tasks."""
-    task_of = torch.full((len(half.classes),), -1)
-    label_of = torch.full((len(half.classes),), -1)
+    task_of = torch.full((len(part.classes),), -1)
+    label_of = torch.full((len(part.classes),), -1)
     for t, classes in enumerate(tasks):
         task_of[classes] = t
         label_of[classes] = torch.arange(len(classes))
-    return task_of[half.labels], label_of[half.labels]
+    return task_of[part.labels], label_of[part.labels]
 
 
-def task(half, classes):
+def task(part, classes):
     """D_t: the images of these classes (n, 3, h, w) and labels (n,), positions in `classes`."""
-    _, labels = task_labels(half, [classes])
+    _, labels = task_labels(part, [classes])
     inside = labels >= 0
-    return half.images[inside], labels[inside]
+    return part.images[inside], labels[inside]
 
 
 def hold_out(train):

@@ -21,7 +21,7 @@ CONTROLS = ("linear", "mean", "wrong", "none")
 
 # ---- memories ----------------------------------------------------------------------------------
 def make_memory(text, dim):
-    """An empty memory from NAME[:OPTION=VALUE,..]: of NAME.py, its class NAME (in any case).
+    """An empty memory from NAME[:OPTION=VALUE,..]: the class NAME, in any letter case, of NAME.py.
 
     dim: the length of theta. ValueError for a name, an option or a value that does not fit.
     """
@@ -203,7 +203,7 @@ def table(command, results):
         row[result["seed"]] = result
     names = [name for name, _ in rows]
     columns = COLUMNS[results[0]["setting"]] | dict(zip(CONTROLS, CONTROLS))
-    paper = PAPER.get(command, {})
+    paper = dict(PAPER.get(command, {}))
     lines = [f"\n`python {command} --memory M`\n",
              f"| M | seeds | {' | '.join(columns.values())} |",
              "|---" * (2 + len(columns)) + "|"]
@@ -214,7 +214,7 @@ def table(command, results):
         cells = " | ".join(cell(runs.values(), column) for column in columns)
         lines.append(f"| `{shown}` | {seeds} | {cells} |")
         if name in paper:
-            lines.append(f"| paper | 3 seeds | {paper[name]} |")
+            lines.append(f"| paper | 3 seeds | {paper.pop(name)} |")
     return "\n".join(lines)
 
 

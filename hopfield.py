@@ -28,7 +28,7 @@ class Hopfield:
 
     def attention(self, key):
         """softmax(beta K^T k): (T,) for a key (|k|,), (n, T) for keys (n, |k|)."""
-        if len(self.K) == 0:
+        if len(self.V) == 0:
             raise ValueError("the memory is empty: write to it first")
         # In float64, because beta multiplies the rounding error of the product.
         product = key.double() @ self.K.double()

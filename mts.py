@@ -117,7 +117,7 @@ def predictor_path(run):
 def share(text):
     """A type for argparse: numbers in [0, 1)."""
     if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
     return float(text)
 
 
@@ -136,8 +136,8 @@ def test(run):
     hits = {"task": task_hit, "local": local, "strict": local & task_hit}
     ways = til.ways_to_classify(run, memory, keys)
     for name, way in data.progress(ways.items(), "testing"):
-        # FAA_GT and FAA(M) are those of TIL, where the task is known. The controls are told the
-        # predicted task.
+        # gt and recalled are told the true task, as in TIL, and the controls the predicted one. The
+        # paper's FAA_MTS(M) is local.
         used = task_ids if name in ("gt", "recalled") else t_hat
         hits[name] = til.answers(images, used, way) == labels
     result = evaluate.figures(hits, task_ids, til.recall_errors(run, memory, keys))

@@ -79,15 +79,15 @@ def train_modulation(run, t, images, labels):
         "seconds": time.perf_counter() - start}
 
 
-# The digest of the code that makes a modulation. If you add a function to it, add it here, or old
-# modulations are found. Evaluation, memories and terminal are left out: when they change, nothing
-# is trained again. Taken at import, because a file may be edited while the program runs.
+# The digest of the code that makes a modulation. A new function that training calls must be listed
+# here, or old modulations are found. Evaluation, memories and terminal are left out: when they
+# change, nothing is trained again. Taken at import, as a file may be edited while the program runs.
 CODE = data.code_digest(substrate, lora, train_modulation,
                         data.split, data.task, data.task_labels, data.generator)
 
 
 def describe(args, train, vit):
-    """All that the modulations of a run depend on, but the seed and the machine."""
+    """All that the modulations of a run depend on, but the seed and the model of the machine."""
     options = ("dataset splits backbone image_size rank alpha epochs batch_size validate "
                "plain device dtype")
     return {option: getattr(args, option) for option in options.split()} | {
