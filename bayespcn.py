@@ -67,6 +67,7 @@ class BayesPCN:
         self.seed = seed
         self.s2 = sigma_obs ** 2
         self.u = self.u_prior = sigma_prior ** 2
+        # float64: a write adds 1 / s2 = 10,000 to precisions that begin at 1.
         self.U_prior = self.u_prior * torch.eye(hidden, dtype=torch.float64)
         widths = [dim] + [hidden] * (layers - 2)                    # d_l
         self.R = [self.noise(l, hidden, d) for l, d in enumerate(widths)]       # (H, d_l)
@@ -111,6 +112,7 @@ class BayesPCN:
         """Bayesian linear regression of y = x^l (d_l,) on z (H,): U_l^-1 grows by z^T z / s2."""
         R = self.R[l]
         U = self.U[l]
+        # As in a Kalman filter, what one observation changes is a matrix of rank one.
         Uz = U @ z                                                  # U z^T  (H,)
         gain = Uz / (self.s2 + z @ Uz)                              # U z^T / v_l  (H,)
         R.addr_(gain, y - z @ R)                                    # R <- R + gain (y - z R)

@@ -16,6 +16,7 @@ import data
 import lora
 import vit as substrate
 
+# What each shows is in LEGEND; how each classifies, in til.ways_to_classify.
 CONTROLS = ("linear", "mean", "wrong", "none")
 
 
@@ -106,6 +107,8 @@ def logistic_regression(x, y, n_classes, penalty=0.03):
     z = (x - mean) / std
     W = torch.zeros(n_classes, x.shape[1], dtype=x.dtype, requires_grad=True)
     b = torch.zeros(n_classes, dtype=x.dtype, requires_grad=True)
+    # The loss is convex: LBFGS finds its minimum without a learning rate and a number of epochs,
+    # which would have to be chosen, and could favour the modulations.
     lbfgs = torch.optim.LBFGS([W, b], max_iter=1000, line_search_fn="strong_wolfe")
 
     def closure():
@@ -121,6 +124,7 @@ def logistic_regression(x, y, n_classes, penalty=0.03):
 
 # ---- tables ------------------------------------------------------------------------------------
 PAPER = data.read(Path(__file__).parent / "results/paper.json")     # its Tables 1 and A1
+# The key of a figure in the JSON files, and its heading in a table.
 COLUMNS = {
     "til": {"faa_gt": "FAA_GT", "faa": "FAA(M)", "drop": "D(M)", "recall_error": "error"},
     "mts": {"task_accuracy": "Task Acc", "faa_gt": "FAA_GT", "faa_local": "local",
@@ -198,7 +202,8 @@ def table(command, results):
     """The table of one experiment: a row for all runs that differ in the seed alone."""
     rows = {}
     for result in sorted(results, key=lambda result: result["seed"]):
-        # The digest tells apart what other data, other weights or other code gave.
+        # The digest tells apart what other data, other weights or other code gave: to average those
+        # as if they were seeds would be wrong.
         row = rows.setdefault((label(result), result.get("digest", "")), {})
         row[result["seed"]] = result
     names = [name for name, _ in rows]
@@ -213,6 +218,7 @@ def table(command, results):
         seeds = " ".join(map(str, runs))
         cells = " | ".join(cell(runs.values(), column) for column in columns)
         lines.append(f"| `{shown}` | {seeds} | {cells} |")
+        # The paper's figures once, below the first row of the same name.
         if name in paper:
             lines.append(f"| paper | 3 seeds | {paper.pop(name)} |")
     return "\n".join(lines)
@@ -226,6 +232,7 @@ def cell(runs, column):
         values.append((run | run["controls"] | {"recall_error": error}).get(column))
     if None in values:                          # a result from before there was such a column
         return "–"
+    # Accuracies are given as in the paper. An error may be small.
     digits = 4 if column == "recall_error" else 2
     text = f"{statistics.mean(values):.{digits}f}"
     if len(values) > 1:
@@ -234,6 +241,7 @@ def cell(runs, column):
 
 
 # ---- pictures ----------------------------------------------------------------------------------
+# Told apart by the colour-blind, too (Okabe & Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000")
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -60 740 330" font-size="13"
   font-family="sans-serif">
@@ -246,6 +254,7 @@ SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -60 740 330" font-
 
 def plot(path, title, lines, ticks):
     """Draws lines {name: [y, ..]} as SVG, in a frame of 440 x 210. ticks: names of x = 0, 1, .."""
+    # SVG is text, so that no library is needed.
     values = [y for line in lines.values() for y in line]
     low = min(values)
     high = max(values)
@@ -287,6 +296,7 @@ def bench_memory(memory, thetas):
     """The figures of an empty memory that stores thetas (T, P), then recalls them."""
     T = len(thetas)
     pairs = [lora.split_key(theta) for theta in thetas]
+    # All are written before the first is read: so the memory has to tell T of them apart.
     start = time.perf_counter()
     for key, value in data.progress(pairs, "writing"):
         memory.write(key, value)

@@ -142,6 +142,7 @@ class Head(nn.Linear):
     @torch.no_grad()
     def init(self, generator):
         """Small random weights, drawn on the CPU, and zero biases."""
+        # Near zero, so that all classes are about as likely when the training begins.
         weight = torch.empty(self.weight.shape)
         nn.init.normal_(weight, std=0.02, generator=generator)
         self.weight.copy_(weight)
@@ -197,14 +198,14 @@ def fit(classifier, images, labels, epochs, batch_size, lr, generator, augment=f
     """Trains theta and the head, not W, to predict the labels (n,) of uint8 images (n, 3, h, w).
 
     lr: the learning rate at the start and at the end. augment(n, generator) draws, for an epoch,
-    what the classifier takes beside images. After each epoch, report(epoch, loss, accuracy) is
-    called, epochs from 1 on. Returns the last loss and accuracy, in percent. ValueError if the loss
-    is not finite.
+    what the classifier takes beside images. After each, report(epoch, loss, accuracy) is called,
+    epochs from 1 on. Returns the last loss and accuracy, in percent. ValueError if one is NaN.
     """
     n = len(labels)
     weights = [weight for weight in classifier.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr[0], weight_decay=WEIGHT_DECAY, fused=True)
     steps = epochs * math.ceil(n / batch_size)
+    # The paper decays the rate, and does not say how.
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=lr[1])
     for epoch in range(epochs):
         order = torch.randperm(n, generator=generator).to(labels.device)

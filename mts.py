@@ -102,6 +102,7 @@ def learn_predictor(run):
     if not path.exists():
         data.save(path, train_predictor(run, classifier, targets))
     found = data.read(path)
+    # From the file even if it is new, like the modulations.
     classifier.head.load_state_dict(found["head"])
     return found["theta"], classifier.head
 

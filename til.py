@@ -65,6 +65,7 @@ def train_modulation(run, t, images, labels):
     """Lines 5 and 6 of Algorithm 1: theta_t and its head, by draws that seed and t determine."""
     args = run.args
     start = time.perf_counter()
+    # Of its own: a task that is found, or trained by another process, changes no other.
     generator = data.generator(run.seed, t + 1)                 # (seed, 0) is for theta_0
     run.classifier.init(generator)                              # 5
     # A task is small enough to lie on the GPU as a whole, as uint8.
@@ -150,6 +151,7 @@ class Run:
         """The head of each task. It is kept beside the memory, which stores theta alone."""
         heads = []
         for t in range(len(self.tasks)):
+            # A copy: the classifier's own head is that of the task which was trained last.
             head = copy.deepcopy(self.classifier.head)
             head.load_state_dict(self.modulation(t)["head"])
             heads.append(head)
@@ -225,7 +227,7 @@ def fit_linear_heads(run):
 def answers(images, task_ids, way):
     """Predicted labels (n,), each within the task that task_ids (n,) names; all from 0."""
     labels = torch.empty_like(task_ids)
-    # The images of a task together, so that its modulation is loaded once.
+    # The images of a task together, so that its modulation is recalled and loaded once.
     for t in task_ids.unique().tolist():
         of_task_t = task_ids == t
         labels[of_task_t] = way(t, images[of_task_t]).argmax(1)
@@ -366,6 +368,7 @@ def main(args, action):
     train, test = data.load(args.dataset, args.data_dir)
     if args.validate:
         train, test = data.hold_out(train)
+    # Set by torchrun.
     if "LOCAL_RANK" in os.environ:
         train_share(args, train, test)
     results = [action(Run(args, seed, train, test)) for seed in args.seeds]
