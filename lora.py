@@ -199,7 +199,7 @@ def fit(classifier, images, labels, epochs, batch_size, lr, generator, augment=f
 
     lr: the learning rate at the start and at the end. augment(n, generator) draws, for an epoch,
     what the classifier takes beside images. After each, report(epoch, loss, accuracy) is called,
-    epochs from 1 on. Returns the last loss and accuracy, in percent. ValueError if one is NaN.
+    from 1 on. Returns the last loss and accuracy, in percent. ValueError for a loss like NaN.
     """
     n = len(labels)
     weights = [weight for weight in classifier.parameters() if weight.requires_grad]
