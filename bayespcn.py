@@ -1,11 +1,12 @@
 """BayesPCN: an associative memory made of Bayesian linear regressions, one above the other.
 
 Yoo & Wood, "BayesPCN: A Continually Learnable Predictive Coding Associative Memory" (NeurIPS 2022,
-arXiv 2205.09930), with one particle. There are L layers of activations: x^0 = theta (P wide), and
-the hidden x^1 .. x^(L-1) (H wide). Regression l predicts x^l from the layer above it, that is, from
-the row vector z = GELU(x^(l+1)). The inputs z are not known, so that a write and a read both begin
-with a search for the hidden layers that explain x^0 best. The weights W_l are random variables, of
-which only a belief is kept:
+arXiv 2205.09930), with one particle: one belief, no mixture of several.
+
+There are L layers of activations: x^0 = theta (P wide), and the hidden x^1 .. x^(L-1) (H wide).
+Regression l predicts x^l from the layer above it, that is, from the row vector z = GELU(x^(l+1)).
+The inputs z are not known. So a write and a read both begin with a search for the hidden layers
+that explain x^0 best. The weights W_l are random variables, of which only a belief is kept:
 
     x^l | x^(l+1) ~ N(z W_l, s2 I),  W_l ~ MatrixNormal(R_l, U_l, I)    for l = 0 .. L-2
     x^(L-1)       ~ N(w, s2 I),      w ~ N(r, u I)                      at the top
@@ -46,8 +47,9 @@ def minus_log_normal(error, v, d):
 class BayesPCN:
     """A memory for about `hidden` vectors theta of `dim` elements, in float64 on the CPU.
 
-    sigma_obs is sqrt(s2). Before the first write, u is sigma_prior^2, and U_l is u I. A descent
-    takes at most `steps` steps of Adam with learning rate `lr`. After it, `trace` lists E at each.
+    sigma_obs is sqrt(s2). Before the first write, R_l and r are noise, u is sigma_prior^2, and U_l
+    is u I. A descent takes at most `steps` steps of Adam with learning rate `lr`. After it, `trace`
+    lists E at each step.
     """
 
     def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01,
@@ -190,9 +192,10 @@ class BayesPCN:
         return x.double() / math.sqrt(width)
 
     def forget(self, strength):
-        """Moves the posterior towards the prior: strength 0 keeps everything, 1 forgets all.
+        """Moves the belief towards the prior: strength 0 keeps everything, 1 forgets all.
 
-        Like log_joint, it is Yoo & Wood's, and not used by til.py and mts.py.
+        W becomes keep W + (1 - keep) R_prior + noise of covariance strength U_prior. Like
+        log_joint, it is Yoo & Wood's, and not used by til.py and mts.py.
         """
         if self.n_written == 0:
             return

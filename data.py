@@ -176,12 +176,11 @@ def picture(path, size):
 
 
 def to_rgb(image):
-    """A picture of any kind with 8 bits a channel, transparent parts on white."""
+    """Any picture as RGB with 8 bits a channel, transparent parts on white."""
     if image.mode[0] in "IF":
         # More than 8 bits: `convert` would cut off what is over 255, and make nearly all white.
         pixels = np.nan_to_num(np.asarray(image, np.float64), posinf=0)
-        # What white is, the file does not say: floats are in [0, 1] or, as integers, have 8 or 16
-        # bits.
+        # What white is, the file does not say: the first of these that no pixel exceeds.
         limits = (1, 255, 65535) if image.mode == "F" else (65535,)
         full = next((limit for limit in limits if pixels.max() <= limit), pixels.max())
         image = Image.fromarray((255 * pixels / full).clip(0, 255).astype(np.uint8))
@@ -216,7 +215,7 @@ def draw_class(label, half, n):
 
     # The inverse of the distortion takes each pixel to a place in the undistorted figure.
     angle, scale, shear, dx, dy = 0.05 * rng.uniform(-1, 1, (n, 5)).T[..., None]        # (n, 1)
-    cos, sin = np.cos(2 * angle), np.sin(2 * angle)
+    cos, sin = np.cos(2 * angle), np.sin(2 * angle)                         # up to 0.1 rad
     y, x = np.mgrid[-1:1:64j, -1:1:64j].reshape(2, 1, -1).astype(np.float32)            # (1, 4096)
     u = (1.05 + scale) * (cos * x - sin * y) + dx                           # (n, 4096)
     v = (1.05 + scale) * (sin * x + cos * y) + dy + shear * u
@@ -246,13 +245,14 @@ def coverage(x, y, strokes, thickness):
     """How much the nearest of strokes, (1 or n, 2, 2) each, covers points (n, p), in [0, 1]."""
     nearest = np.inf                                                        # distance, squared
     for stroke in strokes:
-        a, b = stroke.transpose(1, 2, 0)[..., None]                         # ends: (2, 1 or n, 1)
+        # The ends, each as x and y: (2, 1 or n, 1).
+        a, b = stroke.transpose(1, 2, 0)[..., None]
         dx, dy = b - a
         px, py = x - a[0], y - a[1]
         along = (px * dx + py * dy) / (dx ** 2 + dy ** 2)
         along = along.clip(0, 1)                                            # 0 at a, 1 at b
-        distance = (px - along * dx) ** 2 + (py - along * dy) ** 2
-        nearest = np.minimum(nearest, distance)
+        squared = (px - along * dx) ** 2 + (py - along * dy) ** 2
+        nearest = np.minimum(nearest, squared)
     blurred = (thickness - np.sqrt(nearest)) / 0.03 + 0.5
     return blurred.clip(0, 1).astype(np.float32)
 
@@ -411,8 +411,7 @@ def one_line_errors():
     try:
         yield
     except (ValueError, OSError) as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped: what is finished is kept; the same command goes on", file=sys.stderr)

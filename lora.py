@@ -197,9 +197,9 @@ def fit(classifier, images, labels, epochs, batch_size, lr, generator, augment=f
         label_smoothing=0.0, report=None):
     """Trains theta and the head, not W, to predict the labels (n,) of uint8 images (n, 3, h, w).
 
-    lr: the learning rate at the start and at the end. augment(n, generator) draws, for an epoch,
-    what the classifier takes beside images. After each, report(epoch, loss, accuracy) is called,
-    from 1 on. Returns the last loss and accuracy, in percent. ValueError for a loss like NaN.
+    lr: the learning rate at the start and at the end. augment(n, generator) -> {"flip": .., ..} is
+    called before each epoch, report(epoch, loss, accuracy) after it, with epoch from 1 on. Returns
+    the last loss and accuracy, in percent. ValueError for a loss like NaN.
     """
     n = len(labels)
     weights = [weight for weight in classifier.parameters() if weight.requires_grad]

@@ -276,12 +276,13 @@ def print_classes(run, t, logits):
 
 def probe(run):
     """What memories recall as they fill up, then from noisy keys: probe.json and probe.svg."""
+    # Before anything is trained: a name may be wrong.
+    memories = {name: evaluate.make_memory(name, run.P) for name in run.args.probe}
     _, keys = run.fill_memory()
     T = len(keys)
     rows = []
     lines = {}
-    for name in run.args.probe:
-        memory = evaluate.make_memory(name, run.P)
+    for name, memory in memories.items():
         for n in range(1, T + 1):
             theta = run.modulation(n - 1)["theta"]
             memory.write(*lora.split_key(theta))
@@ -291,8 +292,8 @@ def probe(run):
         # Of the full memory, with noise 0 and then with NOISE.
         lines[name] = [row["faa"] for row in rows[-1 - len(NOISE):]]
     data.save(run.folder / "probe.json", {"rows": rows})
-    title = "FAA in %, by noise / rms of a key"
-    evaluate.plot(run.folder / "probe.svg", title, lines, (0, *NOISE))
+    evaluate.plot(run.folder / "probe.svg", "FAA in %, by noise / rms of a key", lines,
+                  (0, *NOISE))
 
 
 def recall_with_noise(run, name, memory, keys, noise):
@@ -351,8 +352,8 @@ def options(description):
 
 def main(args, action):
     """action(run) for each seed; then a table of the results, which `test` alone returns."""
-    # What is usual depends on the data set, so argparse cannot fill it in. Options that til.py does
-    # not have, those of the predictor, are passed over.
+    # What is usual depends on the data set, so argparse cannot fill it in. An option that a parser
+    # lacks, as til.py lacks the predictor's, comes as `value` here, and is passed over.
     for option, value in evaluate.usual(args.dataset, args.backbone).items():
         if getattr(args, option, value) is None:
             setattr(args, option, value)
