@@ -11,8 +11,8 @@ that explain x^0 best. The weights W_l are random variables, of which only a bel
     x^l | x^(l+1) ~ N(z W_l, s2 I),  W_l ~ MatrixNormal(R_l, U_l, I)    for l = 0 .. L-2
     x^(L-1)       ~ N(w, s2 I),      w ~ N(r, u I)                      at the top
 
-That is, the means R_l (H, d_l) and r (H,), the covariance U_l (H, H) between the H rows of W_l,
-which all its columns share, and the variance u. With the weights integrated out,
+The belief consists of the means R_l (H, d_l) and r (H,), the covariance U_l (H, H) between the H
+rows of W_l, which all its columns share, and the variance u. With the weights integrated out,
 
     x^l | x^(l+1) ~ N(z R_l, v_l I)  with v_l = s2 + z U_l z^T
     x^(L-1)       ~ N(r, v I)        with v = s2 + u
@@ -28,9 +28,8 @@ read    Only the key, the first |k| columns of x^0, is known. Descend E over the
         predict the other columns by z R_0.
         joint      (Yoo & Wood's way) minimises over the unknown columns, too. That needs no search:
                    at the minimum, they equal their prediction z R_0, and add no error. But d_0 = P
-                   still counts them, so that the errors of |k| columns stand against P log v_0.
-                   This drives v_0 = s2 + z U_0 z^T down, so that z and z R_0 shrink: theta comes
-                   out too small.
+                   counts them: error / v_0 + d_0 log v_0 is least at v_0 = error / P, not at error
+                   / |k|. So z U_0 z^T has to fall, z and z R_0 shrink, and theta is too small.
         marginal   (ours, the default) integrates the unknown columns out: d_0 = |k|.
 """
 import math
@@ -63,7 +62,7 @@ class BayesPCN:
         self.dim = dim
         self.H = hidden
         self.layers = layers
-        self.lr = lr
+        self.lr = float(lr)
         self.steps = steps
         self.read_mode = read
         self.seed = seed

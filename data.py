@@ -245,7 +245,7 @@ def coverage(x, y, strokes, thickness):
     """How much the nearest of strokes, (1 or n, 2, 2) each, covers points (n, p), in [0, 1]."""
     nearest = np.inf                                                        # distance, squared
     for stroke in strokes:
-        # The ends, each as x and y: (2, 1 or n, 1).
+        # The two ends, each [xy, sample, 1], of shape (2, 1 or n, 1).
         a, b = stroke.transpose(1, 2, 0)[..., None]
         dx, dy = b - a
         px, py = x - a[0], y - a[1]

@@ -31,8 +31,8 @@ class LoRALinear(nn.Module):
     def modulated_weight(self):
         """W + (alpha / r) B A (d_out, d), in the dtype of W."""
         W = self.base.weight
-        # The sum is multiplied with x, not W and B A apart: one product with x is quicker than
-        # three (4 % of a step) and, as measured, as accurate, though a GPU's W is bfloat16.
+        # One product of x with the sum is quicker than three with W, A and B (4 % of a step) and,
+        # as measured, as accurate, though on a GPU the sum is rounded to bfloat16.
         return (W + self.scale * self.B @ self.A).to(W.dtype)
 
     def forward(self, x):                                       # (.., d) -> (.., d_out)

@@ -137,8 +137,8 @@ def test(run):
     hits = {"task": task_hit, "local": local, "strict": local & task_hit}
     ways = til.ways_to_classify(run, memory, keys)
     for name, way in data.progress(ways.items(), "testing"):
-        # gt and recalled are told the true task, as in TIL, and the controls the predicted one. The
-        # paper's FAA_MTS(M) is local.
+        # gt and recalled get the true task, as in TIL, and the controls the predicted one. So the
+        # paper's FAA_MTS(M) is `faa_local` in the file, not `faa`.
         used = task_ids if name in ("gt", "recalled") else t_hat
         hits[name] = til.answers(images, used, way) == labels
     result = evaluate.figures(hits, task_ids, til.recall_errors(run, memory, keys))

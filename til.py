@@ -65,7 +65,7 @@ def train_modulation(run, t, images, labels):
     """Lines 5 and 6 of Algorithm 1: theta_t and its head, by draws that seed and t determine."""
     args = run.args
     start = time.perf_counter()
-    # Of its own: a task that is found, or trained by another process, changes no other.
+    # Its own draws: a task that is found, or trained by another process, changes no other.
     generator = data.generator(run.seed, t + 1)                 # (seed, 0) is for theta_0
     run.classifier.init(generator)                              # 5
     # A task is small enough to lie on the GPU as a whole, as uint8.
