@@ -3,10 +3,10 @@
 Yoo & Wood, "BayesPCN: A Continually Learnable Predictive Coding Associative Memory" (NeurIPS 2022,
 arXiv 2205.09930), with one particle: one belief, no mixture of several.
 
-There are L layers of activations: x^0 = theta (P wide), and the hidden x^1 .. x^(L-1) (H wide).
-Regression l predicts x^l from the layer above it, that is, from the row vector z = GELU(x^(l+1)).
-The inputs z are not known. So a write and a read both begin with a search for the hidden layers
-that explain x^0 best. The weights W_l are random variables, of which only a belief is kept:
+There are L layers of activations x^l, d_l wide: x^0 = theta (d_0 = P), and the hidden layers x^1 ..
+x^(L-1) (d_l = H). Regression l predicts x^l from the layer above it: from z = GELU(x^(l+1)), a row
+vector. The inputs z are not known. So a write and a read both begin with a search for the hidden
+layers that explain x^0 best. The weights W_l are random variables, of which only a belief is kept:
 
     x^l | x^(l+1) ~ N(z W_l, s2 I),  W_l ~ MatrixNormal(R_l, U_l, I)    for l = 0 .. L-2
     x^(L-1)       ~ N(w, s2 I),      w ~ N(r, u I)                      at the top
@@ -17,7 +17,7 @@ rows of W_l, which all its columns share, and the variance u. With the weights i
     x^l | x^(l+1) ~ N(z R_l, v_l I)  with v_l = s2 + z U_l z^T
     x^(L-1)       ~ N(r, v I)        with v = s2 + u
 
-and the energy is, with d_0 = P and d_l = H for l > 0,
+and the energy is
 
     E = -log p = 1/2 sum_l [ |x^l - z R_l|^2 / v_l + d_l log(2 pi v_l) ]
                + 1/2 [ |x^(L-1) - r|^2 / v + H log(2 pi v) ]
@@ -122,7 +122,7 @@ class BayesPCN:
     # ---- the energy, and its descent -----------------------------------------------------------
     @torch.enable_grad()                    # works under torch.no_grad(), too
     def descend(self, x0, d_0, stream):
-        """The hidden activations (L-1, H) that explain x0, by Adam on E from noise."""
+        """The hidden layers (L-1, H) that explain x0, theta or a key, by Adam on E from noise."""
         hidden = self.noise(stream, self.layers - 1, self.H).requires_grad_()
         error_0 = self.squared_error(x0)
         adam = torch.optim.Adam([hidden], self.lr)

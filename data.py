@@ -222,7 +222,7 @@ def draw_class(label, half, n):
     ink = coverage(u, v, figure, rng.uniform(0.08, 0.13, (n, 1)))           # (n, 4096)
 
     # Thin strokes here and there, which mean nothing.
-    clutter = [1.3 * random_strokes(rng, n) for _ in range(5)]              # 5 of (n, 2, 2)
+    clutter = [1.3 * random_strokes(rng, n) for _ in range(5)]              # 5 for each image
     dirt = 0.6 * coverage(x, y, clutter, rng.uniform(0.02, 0.05, (n, 1)))   # (n, 4096)
     background, dirt_colour, ink_colour = rng.random((3, n, 3, 1))
     background = 0.4 * background                                           # dark

@@ -25,7 +25,7 @@ import lora
 import vit as substrate
 
 LR = (0.005, 0.0001)                            # at the start, at the end (paper, A.2)
-PICTURED = ("gt", "recalled", "local", "strict", "none")
+PICTURED = ("gt", "recalled", "local", "strict", "linear", "none")
 NOISE = (0.1, 0.3, 1, 3, 10, 30)                # of keys, in multiples of their root mean square
 
 
@@ -190,7 +190,7 @@ def print_training(what, done, total, loss, accuracy, images_seen, seconds):
 def ways_to_classify(run, memory, keys):
     """{name: function (t, images) -> logits}: each takes the images as ones of task t.
 
-    With theta as trained (gt) and as recalled; and the controls, which show what theta is worth.
+    With theta as trained (gt), as recalled; and evaluate.CONTROLS, which show what theta is worth.
     """
     vit = run.vit
     heads = run.heads()
@@ -353,7 +353,7 @@ def options(description):
 def main(args, action):
     """action(run) for each seed; then a table of the results, which `test` alone returns."""
     # What is usual depends on the data set, so argparse cannot fill it in. An option that a parser
-    # lacks, as til.py lacks the predictor's, comes as `value` here, and is passed over.
+    # lacks (til.py: the predictor's) is not None here, and so is passed over.
     for option, value in evaluate.usual(args.dataset, args.backbone).items():
         if getattr(args, option, value) is None:
             setattr(args, option, value)
