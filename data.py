@@ -32,7 +32,10 @@ def load(name, data_dir):
     try:
         return LOADERS[name](Path(data_dir))
     except (OSError, RuntimeError) as error:
-        # RuntimeError: torchvision's, for a download that was cut short.
+        # torchvision's, for a download that was cut short: it must not stay.
+        if isinstance(error, RuntimeError):
+            for archive in ("cifar-100-python.tar.gz", "tiny-imagenet-200.zip"):
+                Path(data_dir, archive).unlink(missing_ok=True)
         raise OSError(f"cannot load {name}: {error}. Is it in {data_dir}? "
                       "Without network, it has to be put there by hand") from error
 
@@ -96,8 +99,8 @@ def list_tinyimagenet(folder, wnids):
              for path in sorted((folder / "train" / wnid).rglob("[!.]*.JPEG"))]
     # All val images lie in one folder: only the annotations tell their classes.
     lines = (folder / "val/val_annotations.txt").read_text().splitlines()
-    val = [line.split("\t")[:2] for line in sorted(lines)]
-    val = [(folder / "val/images" / name, wnid) for name, wnid in val]
+    val = [(folder / "val/images" / name, wnid)
+           for name, wnid, *_ in map(str.split, sorted(lines))]
     return {"train": train, "val": val}
 
 

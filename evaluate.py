@@ -288,7 +288,7 @@ def bench(args):
             row = {"memory": name, "T": T} | bench_memory(make_memory(name, args.dim), thetas)
             rows.append(row)
             print("{memory:20} T {T:3}  write {write_ms:6.1f} ms  read {read_ms:6.1f} ms  "
-                  "{MB:6.1f} MB  error {error:.4f}".format(**row), flush=True)
+                  "{MB:6.1f} MB  error {error:.4f}".format(**row))
     data.save(args.out, {"dim": args.dim, "rows": rows})
 
 

@@ -25,7 +25,7 @@ import lora
 import vit as substrate
 
 LR = (0.005, 0.0001)                            # at the start, at the end (paper, A.2)
-PICTURED = ("gt", "recalled", "local", "strict", "linear", "none")
+PICTURED = ("gt", "recalled", "local", "strict", "none")
 NOISE = (0.1, 0.3, 1, 3, 10, 30)                # of keys, in multiples of their root mean square
 
 
@@ -170,8 +170,8 @@ class Run:
         about = {"setting": setting, "memory": self.args.memory, "seed": self.seed,
                  "digest": self.digest + variant, "device": device}
         result = self.config | about | result
-        name = f"{setting}-{self.args.memory}{variant}"
-        name = re.sub(r"[^\w.,=+-]", "-", name)                 # what a file system may dislike
+        # Without what a file system may dislike.
+        name = re.sub(r"[^\w.,=+-]", "-", f"{setting}-{self.args.memory}{variant}")
         data.save(self.folder / f"{name}.json", result)
         shown = {way: line for way, line in result["per_task"].items() if way in PICTURED}
         tasks = range(1, len(self.tasks) + 1)
@@ -312,7 +312,7 @@ def recall_with_noise(run, name, memory, keys, noise):
     row = {"memory": name, "stored": len(keys), "noise": noise,
            "error": statistics.fmean(errors), "faa": evaluate.faa(accuracies)}
     print("{memory:20} T {stored:3}  noise {noise:4}  error {error:.4f}  FAA {faa:.2f}"
-          .format(**row), flush=True)
+          .format(**row))
     return row
 
 
@@ -344,7 +344,7 @@ def options(description):
     add("--data-dir", type=Path, default="data", help="of the data sets (default: %(default)s)")
     add("--out", type=Path, default="runs", help="of the run folders (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
-        type=str.lower, help="default: a GPU, if there is one")
+        help="default: a GPU, if there is one")
     add("--plain", action="store_true", help="on a GPU: float32, no TF32, no CUDA graph; slow")
     add("--predict", type=Path, metavar="PICTURE", help="classify a picture, not the test images")
     return parser
@@ -361,11 +361,11 @@ def main(args, action):
           f"of rank {args.rank}; memory {args.memory}; on {args.device}", flush=True)
     set_up_torch(args)
     # Mistakes that are found before anything is decoded, or trained.
-    evaluate.make_memory(args.memory, dim=10)
+    evaluate.make_memory(args.memory, 10)
     if len({*args.seeds}) < len(args.seeds):
         raise ValueError("--seeds: one of them is given twice")
     if args.dataset == "folder":
-        data.split(len(data.class_names(args.data_dir / "train")), args.splits, seed=0)
+        data.split(len(data.class_names(args.data_dir / "train")), args.splits, 0)
     train, test = data.load(args.dataset, args.data_dir)
     if args.validate:
         train, test = data.hold_out(train)
