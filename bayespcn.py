@@ -27,9 +27,10 @@ write   x^0 is theta. Descend E over the hidden layers, then update the belief b
 read    Only the key, the first |k| columns of x^0, is known. Descend E over the hidden layers, then
         predict the other columns by z R_0.
         joint      (Yoo & Wood's way) minimises over the unknown columns, too. That needs no search:
-                   at the minimum, they equal their prediction z R_0, and add no error. But d_0 = P
-                   counts them: error / v_0 + d_0 log v_0 is least at v_0 = error / P, not at error
-                   / |k|. So z U_0 z^T has to fall, z and z R_0 shrink, and theta is too small.
+                   at the minimum, they equal their prediction z R_0, and add no error. But they
+                   count in d_0 = P. So error / v_0 + d_0 log v_0, where only |k| columns make the
+                   error, is least at v_0 = error / P, not at error / |k|: v_0 is pressed down, and
+                   with it z U_0 z^T, hence z and z R_0. The recalled theta is too small.
         marginal   (ours, the default) integrates the unknown columns out: d_0 = |k|.
 """
 import math
@@ -46,6 +47,8 @@ def minus_log_normal(error, v, d):
 class BayesPCN:
     """A memory for about `hidden` vectors theta of `dim` elements, in float64 on the CPU.
 
+    (A regression on `hidden` inputs can fit as many targets.) Layers, lr and steps are the paper's
+    (A.2), the other defaults ours.
     sigma_obs is sqrt(s2). Before the first write, R_l and r are noise, u is sigma_prior^2, and U_l
     is u I. A descent takes at most `steps` steps of Adam with learning rate `lr`. After it, `trace`
     lists E at each step.
@@ -110,7 +113,10 @@ class BayesPCN:
             self.n_written += 1
 
     def regress(self, l, z, y):
-        """Bayesian linear regression of y = x^l (d_l,) on z (H,): U_l^-1 grows by z^T z / s2."""
+        """Bayesian linear regression of y = x^l (d_l,) on z (H,): U_l^-1 grows by z^T z / s2.
+
+        What that does to U_l itself, the Sherman-Morrison formula says.
+        """
         R = self.R[l]
         U = self.U[l]
         # As in a Kalman filter, what one observation changes is a matrix of rank one.

@@ -183,7 +183,7 @@ def to_rgb(image):
     if image.mode[0] in "IF":
         # More than 8 bits: `convert` would cut off what is over 255, and make nearly all white.
         pixels = np.nan_to_num(np.asarray(image, np.float64), posinf=0)
-        # What white is, the file does not say: the first of these that no pixel exceeds.
+        # The file does not say which number is white. We take the first that no pixel exceeds.
         limits = (1, 255, 65535) if image.mode == "F" else (65535,)
         full = next((limit for limit in limits if pixels.max() <= limit), pixels.max())
         image = Image.fromarray((255 * pixels / full).clip(0, 255).astype(np.uint8))
@@ -293,7 +293,7 @@ def task_labels(part, tasks):
 
 def task(part, classes):
     """D_t: the images of these classes (n, 3, h, w) and labels (n,), positions in `classes`."""
-    _, labels = task_labels(part, [classes])
+    _, labels = task_labels(part, [classes])                    # -1: of another task
     inside = labels >= 0
     return part.images[inside], labels[inside]
 

@@ -84,7 +84,7 @@ def figures(hits, task_ids, errors):
     """The figures that til.py and mts.py have in common; accuracies in percent.
 
     hits: {way: bool (n,)}, which test images were classified right with theta as trained (gt), as
-    recalled, and with each control; errors: of recall, one for each task.
+    recalled, with each control, and in other ways of mts.py; errors: of recall, one for each task.
     """
     accuracies = {way: per_task(hit, task_ids) for way, hit in hits.items()}
     return {
@@ -107,8 +107,8 @@ def logistic_regression(x, y, n_classes, penalty=0.03):
     z = (x - mean) / std
     W = torch.zeros(n_classes, x.shape[1], dtype=x.dtype, requires_grad=True)
     b = torch.zeros(n_classes, dtype=x.dtype, requires_grad=True)
-    # The loss is convex: LBFGS finds its minimum without a learning rate and a number of epochs,
-    # which would have to be chosen, and could favour the modulations.
+    # The loss is convex, and LBFGS finds its minimum. A rate and a number of epochs would have to
+    # be chosen, and the choice could favour the modulations.
     lbfgs = torch.optim.LBFGS([W, b], max_iter=1000, line_search_fn="strong_wolfe")
 
     def closure():

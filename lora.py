@@ -31,8 +31,8 @@ class LoRALinear(nn.Module):
     def modulated_weight(self):
         """W + (alpha / r) B A (d_out, d), in the dtype of W."""
         W = self.base.weight
-        # One product of x with the sum is quicker than three with W, A and B (4 % of a step) and,
-        # as measured, as accurate, though on a GPU the sum is rounded to bfloat16.
+        # W + B A is summed first: one product with x is quicker than W x, A x and B (A x), by 4 %
+        # of a step. As measured, it is as accurate, though on a GPU the sum is rounded to bfloat16.
         return (W + self.scale * self.B @ self.A).to(W.dtype)
 
     def forward(self, x):                                       # (.., d) -> (.., d_out)
@@ -96,7 +96,7 @@ def set(vit, theta):
         raise ValueError(f"theta must be {P} finite numbers, but it is {theta}, of shape "
                          f"{tuple(theta.shape)}: did a memory recall it?")
     # Not PyTorch's vector_to_parameters: it would make the weights views of theta, but a CUDA graph
-    # reads them where they were when it was made.
+    # has recorded the addresses that they had when it was made.
     parts = theta.split(sizes)
     for weight, part in zip(weights, parts):
         weight.copy_(part.view_as(weight))
@@ -106,8 +106,8 @@ def split_key(theta):
     """theta (P,) -> k_t, its first 10 %, and the rest, which the paper writes theta_t / k_t (3.1).
 
     More than half of k_t is A, which starts at random: so keys of two tasks are nearly orthogonal.
-    Memories return the key first. For a key of other elements, permute theta in `get`, and back in
-    `set`.
+    What a memory recalls begins with the key. To take other elements of theta as the key, permute
+    theta in `get`, and back in `set`.
     """
     n = math.floor(0.1 * len(theta))
     # A slice of a tensor keeps, and torch.save writes, all of it: hence `clone`.
@@ -126,7 +126,7 @@ def merge(vit):
 
 
 def remove(vit):
-    """Takes the adapters off: the substrate is what it was before `add`."""
+    """Takes the adapters off: query and value are the layers `base` again."""
     for module, name in targets(vit):
         layer = getattr(module, name)
         setattr(module, name, layer.base)

@@ -51,7 +51,7 @@ def predict_task(vit, predictor, images, n_tasks):
     """
     theta_0, head_0 = predictor
     p = til.classify(vit, head_0, images, theta_0).softmax(1)   # (n, T or all classes)
-    p = p.unflatten(1, (n_tasks, -1)).sum(2)                    # (n, T)
+    p = p.unflatten(1, (n_tasks, -1)).sum(2)                    # (n, T); of one, if T outputs
     return p.argmax(1)
 
 
@@ -66,7 +66,7 @@ def predictor_targets(run):
 
 
 def train_predictor(run, classifier, targets):
-    """Line 4 of Algorithm 3, with crops: with flips alone, ten epochs overfit."""
+    """Line 4 of Algorithm 3, with flips and crops: with flips alone, ten epochs overfit."""
     args = run.args
     start = time.perf_counter()
     generator = data.generator(run.seed, 0)

@@ -65,7 +65,7 @@ def train_modulation(run, t, images, labels):
     """Lines 5 and 6 of Algorithm 1: theta_t and its head, by draws that seed and t determine."""
     args = run.args
     start = time.perf_counter()
-    # Its own draws: a task that is found, or trained by another process, changes no other.
+    # Draws of its own: if a task is found, the next one still gets the same random numbers.
     generator = data.generator(run.seed, t + 1)                 # (seed, 0) is for theta_0
     run.classifier.init(generator)                              # 5
     # A task is small enough to lie on the GPU as a whole, as uint8.
@@ -116,7 +116,7 @@ class Run:
         self.digest = data.digest(self.config)
         self.vit.to(args.device)
         # Before `add`, so that only W is cast: bfloat16 is too coarse for AdamW's small steps in
-        # adapters and heads. Mean and std are buffers, and stay float32, too.
+        # adapters and heads. Mean and std are no parameters, and stay float32.
         for weight in self.vit.parameters():
             weight.data = weight.data.to(getattr(torch, args.dtype))
         lora.add(self.vit, args.rank, args.alpha)
@@ -140,7 +140,7 @@ class Run:
             data.save(self.path(t), made)
             print_training("task", t + 1, len(self.tasks), made["loss"], made["accuracy"],
                            self.args.epochs * len(labels), made["seconds"])
-        # Read back even if it is new: a command and its repetition take the same path.
+        # Read back even if it is new: so a command and its repetition do the same.
         return self.modulation(t)["theta"]
 
     def modulation(self, t):
@@ -188,7 +188,7 @@ def print_training(what, done, total, loss, accuracy, images_seen, seconds):
 
 # ---- evaluation --------------------------------------------------------------------------------
 def ways_to_classify(run, memory, keys):
-    """{name: function (t, images) -> logits}: each takes the images as ones of task t.
+    """{name: function (t, images) -> logits}, which treats the images as belonging to task t.
 
     With theta as trained (gt), as recalled; and evaluate.CONTROLS, which show what theta is worth.
     """
@@ -352,8 +352,8 @@ def options(description):
 
 def main(args, action):
     """action(run) for each seed; then a table of the results, which `test` alone returns."""
-    # What is usual depends on the data set, so argparse cannot fill it in. An option that a parser
-    # lacks (til.py: the predictor's) is not None here, and so is passed over.
+    # What is usual depends on the data set, so argparse cannot fill it in. til.py has no options of
+    # the predictor: for those, getattr returns `value`, and nothing is set.
     for option, value in evaluate.usual(args.dataset, args.backbone).items():
         if getattr(args, option, value) is None:
             setattr(args, option, value)

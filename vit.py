@@ -118,6 +118,7 @@ def cut_out(x, crop, size):
     # grid_sample has no antialias: a larger image is reduced before it is sampled.
     if x.shape[-1] > size:
         x = resize(x, size)
+    # Each window is an affine map, the matrix [side I | centre].
     side, centre = crop[:, :1, None], crop[:, 1:, None]             # (B, 1, 1), (B, 2, 1)
     scale = side * torch.eye(2, device=x.device)                    # (B, 2, 2)
     window = torch.cat([scale, centre], dim=2)                      # (B, 2, 3)
@@ -202,10 +203,10 @@ def load(name, weights=None, image_size=None):
         state["pos_embed"] = resize_positions(state["pos_embed"], n)
         vit.load_state_dict(state)
     except Exception as error:
-        if source == config.url:
-            # Cut short, or a page of HTML: it must not be found again.
-            Path(torch.hub.get_dir(), "checkpoints", f"{name}.pth").unlink(missing_ok=True)
         # Many kinds: no network, no such file, no weights in it, or those of another network.
+        if source == config.url:
+            # If it was cut short, or is a page of HTML, it must not be found again.
+            Path(torch.hub.get_dir(), "checkpoints", f"{name}.pth").unlink(missing_ok=True)
         reason = textwrap.shorten(str(error), 400)
         if isinstance(error, pickle.UnpicklingError):
             reason = "it is damaged, or holds other things than tensors"
@@ -226,7 +227,7 @@ def read_weights(name, source):
 
 def rename(state, rules):
     """Published weights by name -> ours, without those that we do not need."""
-    # As training programs save them, beside an optimizer, and from DataParallel.
+    # A training program may have saved them beside an optimizer. (DataParallel adds "module.".)
     for wrapper in ("model", "state_dict"):
         state = state.get(wrapper, state)
     renamed = {}
