@@ -88,7 +88,7 @@ CODE = data.code_digest(substrate, lora, train_modulation,
 
 
 def describe(args, train, vit):
-    """All that the modulations of a run depend on, but the seed and the model of the machine."""
+    """All that a run's modulations depend on, but the seed, the machine and PyTorch's version."""
     options = ("dataset splits backbone image_size rank alpha epochs batch_size validate "
                "plain device dtype")
     return {option: getattr(args, option) for option in options.split()} | {
