@@ -81,8 +81,9 @@ def train_modulation(run, t, images, labels):
 
 
 # The digest of the code that makes a modulation. A new function that training calls must be listed
-# here, or old modulations are found. Evaluation, memories and terminal are left out: when they
-# change, nothing is trained again. Taken at import, as a file may be edited while the program runs.
+# here, or old modulations are found. (Not covered: how `Run` builds the network, and set_up_torch.)
+# Evaluation, memories and terminal are left out: when they change, nothing is trained again. Taken
+# at import, as a file may be edited while the program runs.
 CODE = data.code_digest(substrate, lora, train_modulation,
                         data.split, data.task, data.task_labels, data.generator)
 
