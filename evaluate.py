@@ -228,10 +228,8 @@ def cell(runs, column):
     """mean ± standard deviation over the seeds."""
     values = []
     for run in runs:
-        error = run["recall_error"]["mean"]
-        values.append((run | run["controls"] | {"recall_error": error}).get(column))
-    if None in values:                          # a result from before there was such a column
-        return "–"
+        flat = run | run["controls"] | {"recall_error": run["recall_error"]["mean"]}
+        values.append(flat[column])
     # Accuracies are given as in the paper. An error may be small.
     digits = 4 if column == "recall_error" else 2
     text = f"{statistics.mean(values):.{digits}f}"
@@ -314,9 +312,9 @@ def main():
     """`bench`, or else the tables of runs."""
     parser = data.parser(__doc__)
     add = parser.add_argument
-    memories = ["hopfield", "bayespcn"]
     add("runs", type=Path, nargs="+", help="folders with results in them or below; or: bench")
-    add("--memory", nargs="+", default=memories, help="bench: as for til.py (default: both)")
+    add("--memory", nargs="+", default=["hopfield", "bayespcn"],
+        help="bench: as for til.py (default: both)")
     add("--tasks", type=data.positive, nargs="+", default=[20, 100],
         help="bench: T (default: 20 100)")
     add("--dim", type=data.positive, default=147_456, help="bench: P (default: %(default)s)")
