@@ -48,7 +48,8 @@ class BayesPCN:
     """A memory for about `hidden` vectors theta of `dim` elements, in float64 on the CPU.
 
     (A regression on `hidden` inputs can fit as many targets.) Layers, lr and steps are the paper's
-    (A.2), the other defaults ours.
+    (A.2). For the rest it refers to Yoo & Wood's defaults; whether ours are theirs is not checked.
+
     sigma_obs is sqrt(s2). Before the first write, R_l and r are noise, u is sigma_prior^2, and U_l
     is u I. A descent takes at most `steps` steps of Adam with learning rate `lr`. After it, `trace`
     lists E at each step.

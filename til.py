@@ -198,7 +198,7 @@ def ways_to_classify(run, memory, keys):
     """
     vit = run.vit
     heads = run.heads()
-    # Here batches are larger, and two threads are quicker than one.
+    # `Run` gave vit_micro one thread for training. Here batches are larger: two are quicker.
     if run.args.backbone == "vit_micro":
         torch.set_num_threads(2)
     linear_heads = fit_linear_heads(run)
