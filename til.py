@@ -113,9 +113,6 @@ class Run:
         self.test = test
         self.tasks = data.split(len(train.classes), args.splits, seed)
         self.vit = substrate.load(args.backbone, args.weights, args.image_size)
-        # Training it gains nothing from more threads, and loses much if others use the cores.
-        if args.backbone == "vit_micro":
-            torch.set_num_threads(1)
         self.config = describe(args, train, self.vit)
         self.digest = data.digest(self.config)
         self.vit.to(args.device)
@@ -198,9 +195,6 @@ def ways_to_classify(run, memory, keys):
     """
     vit = run.vit
     heads = run.heads()
-    # `Run` gave vit_micro one thread for training. Here batches are larger: two are quicker.
-    if run.args.backbone == "vit_micro":
-        torch.set_num_threads(2)
     linear_heads = fit_linear_heads(run)
     thetas = [run.modulation(t)["theta"] for t in range(len(keys))]
     mean_theta = torch.stack(thetas).mean(0)                    # (P,)
@@ -400,6 +394,9 @@ def set_up_torch(args):
     """Makes PyTorch deterministic, and fast on the device. Sets args.plain and args.dtype."""
     if args.device == "cpu":
         args.plain = True
+        # vit_micro gains little from more threads, and loses much if others use the cores.
+        if args.backbone == "vit_micro":
+            torch.set_num_threads(1)
     elif torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
