@@ -195,7 +195,7 @@ def to_rgb(image):
 
 
 # ---- glyphs ------------------------------------------------------------------------------------
-def glyphs(data_dir, n_train=24, n_test=8):
+def glyphs(data_dir, n_train=22, n_test=8):
     """100 classes of 64 x 64 pictures: each is a figure of two strokes and their mirror images.
 
     Mirrored, so that a flip, with which the modulations are trained, does not change the class.

@@ -176,7 +176,7 @@ class Run:
         data.save(self.folder / f"{name}.json", result)
         shown = {way: line for way, line in result["per_task"].items() if way in PICTURED}
         tasks = range(1, len(self.tasks) + 1)
-        evaluate.plot(self.folder / f"{name}.svg", "accuracy of each task in %", shown, tasks)
+        evaluate.plot(self.folder / f"{name}.svg", "task", "accuracy in %", shown, tasks)
         return result
 
 
@@ -293,8 +293,8 @@ def probe(run):
         # Of the full memory, with noise 0 and then with NOISE.
         lines[name] = [row["faa"] for row in rows[-1 - len(NOISE):]]
     data.save(run.folder / "probe.json", {"rows": rows})
-    evaluate.plot(run.folder / "probe.svg", "FAA in %, by noise / rms of a key", lines,
-                  (0, *NOISE))
+    evaluate.plot(run.folder / "probe.svg", "noise of a key / its root mean square", "FAA in %",
+                  lines, (0, *NOISE))
 
 
 def recall_with_noise(run, name, memory, keys, noise):

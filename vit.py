@@ -172,7 +172,7 @@ TORCHVISION = (
     (r"\.mlp\.(3|linear_2)", ".fc2"),
 )
 CONFIGS = {
-    "vit_micro": Config(                    # ours, by an older version of weights/pretrain.py
+    "vit_micro": Config(                    # ours: weights/pretrain.py
         image_size=64, patch=8, width=192, depth=6, heads=3),
     "vit_ti_16": Config(                    # Steiner et al., arXiv 2106.10270
         image_size=224, patch=16, width=192, depth=12, heads=3,
