@@ -242,7 +242,7 @@ def cell(runs, column):
 # Told apart by the colour-blind, too (Okabe & Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000")
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -50 740 330" font-size="20"
-  font-family="sans-serif" stroke-width="2">
+  font-family="sans-serif">
 <rect x="-70" y="-50" width="740" height="330" fill="white"/>
 <rect width="440" height="210" fill="none" stroke="#ccc"/>
 {}
@@ -253,19 +253,22 @@ SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="-70 -50 740 330" font-
 def plot(path, x_axis, y_axis, lines, ticks):
     """Draws lines {name: [y, ..]} as SVG, in a frame of 440 x 210. ticks: names of x = 0, 1, .."""
     # SVG is text, so that no library is needed.
-    values = [y for line in lines.values() for y in line]
+    values = sum(lines.values(), [])
     low = min(values)
     high = max(values)
     x_step = 440 / max(len(ticks) - 1, 1)
     y_step = 210 / (high - low or 1)
-    svg = [words(0, -20, y_axis), words(-60, 5, f"{high:.4g}"), words(-60, 210, f"{low:.4g}"),
-           words(0, 265, x_axis)]
+    svg = [
+        words(0, -20, y_axis), words(0, 265, x_axis),
+        words(-60, 5, f"{high:.4g}"), words(-60, 210, f"{low:.4g}")]
     every = len(ticks) // 10 or 1               # all names would overlap
     svg += [words(i * x_step, 235, ticks[i]) for i in range(0, len(ticks), every)]
     for i, (name, line) in enumerate(lines.items()):
         colour = COLOURS[i % len(COLOURS)]
         points = [f"{x * x_step:.1f},{(high - y) * y_step:.1f}" for x, y in enumerate(line)]
-        svg.append(f'<polyline points="{" ".join(points)}" stroke="{colour}" fill="none"/>')
+        # The first are wider, so that they can be seen behind later ones that are equal.
+        svg.append(f'<polyline points="{" ".join(points)}" stroke="{colour}" fill="none"'
+                   f' stroke-width="{2 * (len(lines) - i)}"/>')
         svg.append(words(450, 25 * i + 5, name, colour))
     path.write_text(SVG.format("\n".join(svg)), "utf-8")
 
