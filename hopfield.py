@@ -22,7 +22,7 @@ class Hopfield:
 
     def write(self, key, value):
         """Stores a key k_t (|k|,) and its value theta_t / k_t (P - |k|,)."""
-        # The first write joins them to nothing: torch.cat ignores a tensor of shape (0,).
+        # The first write joins them to nothing: torch.cat ignores the shape (0,), not the dtype.
         self.K = torch.cat([self.K, key[:, None]], dim=1)
         self.V = torch.cat([self.V, value[:, None]], dim=1)
 
