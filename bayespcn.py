@@ -28,9 +28,9 @@ read    Only the key, the first |k| columns of x^0, is known. Descend E over the
         predict the other columns by z R_0.
         joint      (Yoo & Wood's way) minimises over the unknown columns, too. That needs no search:
                    at the minimum, they equal their prediction z R_0, and add no error. But they
-                   count in d_0 = P. So error / v_0 + d_0 log v_0, where only |k| columns make the
-                   error, is least at v_0 = error / P, not at error / |k|: v_0 is pressed down, and
-                   with it z U_0 z^T, hence z and z R_0. The recalled theta is too small.
+                   count in d_0 = P. As a function of v_0, error / v_0 + d_0 log v_0 is least at
+                   error / d_0, and only |k| columns make that error. So v_0 is pressed down, with
+                   it z U_0 z^T, and so z and z R_0: the recalled theta is too small.
         marginal   (ours, the default) integrates the unknown columns out: d_0 = |k|.
 """
 import math
@@ -47,12 +47,14 @@ def minus_log_normal(error, v, d):
 class BayesPCN:
     """A memory for about `hidden` vectors theta of `dim` elements, in float64 on the CPU.
 
-    (A regression on `hidden` inputs can fit as many targets.) Layers, lr and steps are the paper's
-    (A.2). For the rest it refers to Yoo & Wood's defaults; whether ours are theirs is not checked.
+    (A regression on `hidden` inputs can fit as many targets.) The paper (A.2) has 4 layers, 500
+    steps and a learning rate of 0.01; that the rate falls, and that a descent may end before, is
+    ours. Its rate of weight updates has no place here: Bayes' rule updates them. For the rest it
+    refers to Yoo & Wood's defaults; whether ours are theirs is not checked.
 
     sigma_obs is sqrt(s2). Before the first write, R_l and r are noise, u is sigma_prior^2, and U_l
-    is u I. A descent takes at most `steps` steps of Adam with learning rate `lr`. After it, `trace`
-    lists E at each step.
+    is u I. A descent takes at most `steps` steps of Adam, whose learning rate begins at `lr`. After
+    it, `trace` lists E at each step. `seed` is not that of a run: all runs have the same draws.
     """
 
     def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01,
@@ -116,7 +118,7 @@ class BayesPCN:
     def regress(self, l, z, y):
         """Bayesian linear regression of y = x^l (d_l,) on z (H,): U_l^-1 grows by z^T z / s2.
 
-        What that does to U_l itself, the Sherman-Morrison formula says.
+        The Sherman-Morrison formula makes that a change of U_l itself, without an inverse.
         """
         R = self.R[l]
         U = self.U[l]

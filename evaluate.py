@@ -157,12 +157,12 @@ def usual(dataset, backbone=None):
     half = dataset == "glyphs" and backbone == "vit_micro"
     return {
         "backbone": default,
-        "rank": 8,
-        "alpha": 8,
-        "epochs": 3,
+        "rank": 8,                              # paper, A.2
+        "alpha": 8,                             # ours
+        "epochs": 3,                            # A.2
         "image_size": 32 if half else substrate.CONFIGS[backbone].image_size,
-        "batch_size": 6 if dataset == "glyphs" else 64,
-        "predictor": "tasks",
+        "batch_size": 6 if dataset == "glyphs" else 64,             # ours
+        "predictor": "tasks",                   # Algorithm 3
         "label_smoothing": 0.0}
 
 

@@ -10,7 +10,7 @@ import torch
 
 
 class Hopfield:
-    """The memory; beta is the inverse temperature of the softmax, 25 in the paper (A.2).
+    """The memory; beta is the inverse temperature of the softmax, 25 in A.2 ("temperature").
 
     `dim`, the length of theta, is not used. Every memory takes it, because some need it.
     """
@@ -22,7 +22,8 @@ class Hopfield:
 
     def write(self, key, value):
         """Stores a key k_t (|k|,) and its value theta_t / k_t (P - |k|,)."""
-        # The first write joins them to nothing: torch.cat ignores the shape (0,), not the dtype.
+        # The first write joins them to nothing: torch.cat passes over the shape (0,), though its
+        # dtype counts.
         self.K = torch.cat([self.K, key[:, None]], dim=1)
         self.V = torch.cat([self.V, value[:, None]], dim=1)
 

@@ -110,7 +110,7 @@ def split_key(theta):
     theta in `get`, and back in `set`.
     """
     n = math.floor(0.1 * len(theta))
-    # A slice of a tensor keeps, and torch.save writes, all of it: hence `clone`.
+    # A slice keeps all of a tensor in memory: hence `clone`.
     return theta[:n].clone(), theta[n:].clone()
 
 

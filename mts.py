@@ -51,7 +51,7 @@ def predict_task(vit, predictor, images, n_tasks):
     """
     theta_0, head_0 = predictor
     p = til.classify(vit, head_0, images, theta_0).softmax(1)   # (n, T or all classes)
-    p = p.unflatten(1, (n_tasks, -1)).sum(2)                    # (n, T); of one, if T outputs
+    p = p.unflatten(1, (n_tasks, -1)).sum(2)                    # (n, T); if T outputs, as before
     return p.argmax(1)
 
 

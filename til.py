@@ -3,6 +3,7 @@
     python til.py                                                   # glyphs: 40 s on a CPU
     python til.py --dataset cifar100 --splits 20 --memory hopfield  # the paper's C100-20S
     python til.py --predict picture.png --task 3                    # Algorithm 2 on one picture
+    torchrun --nproc-per-node 2 til.py --dataset cifar100           # the tasks on two GPUs
 
 What is trained is kept in a folder of runs/: a command that was stopped goes on after the last task
 that it finished.
@@ -42,14 +43,14 @@ def til_training(tasks, train, memory, learn):
         theta = learn(t, images, labels)                        # 5, 6: random, then trained
         key, value = lora.split_key(theta)                      # 7: k_t (A.1: v_t), and the rest
         keys.append(key)                                        # 8
-        memory.write(key, value)                                # 9
+        memory.write(key, value)                                # 9, as 3.1 has it: theta_t / k_t
     return memory, keys                                         # 11
 
 
 def til_inference(vit, head, images, key, memory):
     """Algorithm 2: logits (n, classes of a task) for uint8 images (n, 3, h, w) of a task."""
     theta_hat = memory.read(key)                                # 3
-    return classify(vit, head, images, theta_hat)               # 5: y_hat = C(x; W, theta_hat)
+    return classify(vit, head, images, theta_hat)               # 5: y_hat is their argmax
 
 
 @torch.no_grad()

@@ -91,9 +91,9 @@ class ViT(nn.Module):
 def prepare(images, vit, flip=None, crop=None):
     """uint8 images (B, 3, h, w) -> the input of the ViT (B, 3, s, s).
 
-    flip: bool (B,), the images to mirror. crop: (B, 3), rows (side, x, y), a square of each image:
-    side 1 is the whole image, and the centre x, y is in [-1, 1]. Images that are no squares are
-    squashed.
+    flip: bool (B,), the images to mirror. crop: (B, 3), rows (side, x, y), a square window of each
+    image, which spans [-1, 1] x [-1, 1]: (x, y) is the window's centre, and side its share of the
+    image's side. Images that are no squares are squashed.
     """
     x = images.float() / 255
     if flip is not None:
