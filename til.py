@@ -50,7 +50,7 @@ def til_training(tasks, train, memory, learn):
 def til_inference(vit, head, images, key, memory):
     """Algorithm 2: logits (n, classes of a task) for uint8 images (n, 3, h, w) of a task."""
     theta_hat = memory.read(key)                                # 3
-    return classify(vit, head, images, theta_hat)               # 5: y_hat is their argmax
+    return classify(vit, head, images, theta_hat)               # 5: C(x; W, theta_hat), as logits
 
 
 @torch.no_grad()
