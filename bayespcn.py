@@ -49,12 +49,13 @@ class BayesPCN:
 
     (A regression on `hidden` inputs can fit as many targets.) The paper (A.2) has 4 layers, 500
     steps and a learning rate of 0.01; that the rate falls, and that a descent may end before, is
-    ours. Its rate of weight updates has no place here: Bayes' rule updates them. For the rest it
-    refers to Yoo & Wood's defaults; whether ours are theirs is not checked.
+    ours. Its rate of weight updates has no place here: Bayes' rule updates them. For the rest the
+    paper refers to Yoo & Wood's defaults; whether ours are theirs is not checked.
 
-    sigma_obs is sqrt(s2). Before the first write, R_l and r are noise, u is sigma_prior^2, and U_l
-    is u I. A descent takes at most `steps` steps of Adam, whose learning rate begins at `lr`. After
-    it, `trace` lists E at each step. `seed` is not that of a run: all runs have the same draws.
+    sigma_obs is sqrt(s2), for all layers. Before the first write, R_l and r are noise, u is
+    sigma_prior^2, and U_l is u I. A descent takes at most `steps` steps of Adam, whose learning
+    rate begins at `lr`. After it, `trace` lists E at each step. `seed` is not that of a run: all
+    runs have the same draws.
     """
 
     def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01,

@@ -198,8 +198,8 @@ def to_rgb(image):
 def glyphs(data_dir, n_train=22, n_test=8):
     """100 classes of 64 x 64 pictures: each is a figure of two strokes and their mirror images.
 
-    Mirrored, so that a flip, with which the modulations are trained, does not change the class. As
-    many to train as keep, on --validate, the controls none and wrong 15 and 10 points below FAA.
+    Mirrored, so that a flip, with which the modulations are trained, does not change the class.
+    n_train was chosen on --validate: the controls none and wrong stay 15 and 10 points below FAA.
     """
     classes = [f"glyph {label:02d}" for label in range(100)]
     halves = []

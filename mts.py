@@ -72,7 +72,7 @@ def train_predictor(run, classifier, targets):
     generator = data.generator(run.seed, 0)
     epochs = 10                                                 # paper, A.2
     batch_size = 128
-    if args.dataset == "glyphs":                                # few images: smaller steps
+    if args.dataset == "glyphs":                                # few images: smaller batches
         epochs = 5
         batch_size = 16
 
