@@ -215,8 +215,7 @@ def fit(classifier, images, labels, epochs, batch_size, lr, generator, augment=f
         for start in range(0, n, batch_size):
             batch = slice(start, start + batch_size)
             y = labels[order[batch]]
-            # These draws belong to places in the shuffled order, not to images: it is all one.
-            augmentation = {name: x[batch] for name, x in drawn.items()}
+            augmentation = {name: x[batch] for name, x in drawn.items()}    # drawn for each place
             logits = classifier(images[order[batch]], **augmentation)           # (B, n_classes)
             loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
             loss.backward()
