@@ -12,7 +12,8 @@ layers that explain x^0 best. The weights W_l are random variables, of which onl
     x^(L-1)       ~ N(w, s2 I),      w ~ N(r, u I)                      at the top
 
 The belief consists of the means R_l (H, d_l) and r (H,), the covariance U_l (H, H) between the H
-rows of W_l, which all its columns share, and the variance u. With the weights integrated out,
+rows of W_l, which all its columns share, and the variance u. So each element of z W_l varies by
+z U_l z^T. With the weights integrated out,
 
     x^l | x^(l+1) ~ N(z R_l, v_l I)  with v_l = s2 + z U_l z^T
     x^(L-1)       ~ N(r, v I)        with v = s2 + u
@@ -28,9 +29,9 @@ read    Only the key, the first |k| columns of x^0, is known. Descend E over the
         predict the other columns by z R_0.
         joint      (Yoo & Wood's way) minimises over the unknown columns, too. That needs no search:
                    at the minimum, they equal their prediction z R_0, and add no error. But they
-                   count in d_0 = P. As a function of v_0, error / v_0 + d_0 log v_0 is least at
-                   error / d_0, and only |k| columns make that error. So v_0 is pressed down, with
-                   it z U_0 z^T, and so z and z R_0: the recalled theta is too small.
+                   count in d_0 = P: error / v_0 + P log v_0 is least at v_0 = error / P, though
+                   only |k| columns make that error. So small a v_0 = s2 + z U_0 z^T takes a small
+                   z, and so the recalled theta, z R_0, is too small.
         marginal   (ours, the default) integrates the unknown columns out: d_0 = |k|.
 """
 import math
@@ -48,14 +49,15 @@ class BayesPCN:
     """A memory for about `hidden` vectors theta of `dim` elements, in float64 on the CPU.
 
     (A regression on `hidden` inputs can fit as many targets.) The paper (A.2) has 4 layers, 500
-    steps and a learning rate of 0.01; that the rate falls, and that a descent may end before, is
-    ours. Its rate of weight updates has no place here: Bayes' rule updates them. For the rest the
-    paper refers to Yoo & Wood's defaults; whether ours are theirs is not checked.
+    steps and a learning rate of 0.01; that the rate falls, and that a descent ends before if E
+    stands still (rarely, it would have gone on to fall), is ours. The paper's rate of weight
+    updates has no place here: Bayes' rule updates them. For the rest the paper refers to Yoo &
+    Wood's defaults; whether ours are theirs is not checked.
 
-    sigma_obs is sqrt(s2), for all layers. Before the first write, R_l and r are noise, u is
-    sigma_prior^2, and U_l is u I. A descent takes at most `steps` steps of Adam, whose learning
-    rate begins at `lr`. After it, `trace` lists E at each step. `seed` is not that of a run: all
-    runs have the same draws.
+    sigma_obs is sqrt(s2), for all layers. Before the first write, u is sigma_prior^2, U_l is u I,
+    and R_l and r are noise. (If R_0 were 0, no z could explain x^0 better than another.) A descent
+    takes at most `steps` steps of Adam, whose learning rate begins at `lr`. After it, `trace` lists
+    E at each step. `seed` is not that of a run: all runs have the same draws.
     """
 
     def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01,
@@ -103,7 +105,10 @@ class BayesPCN:
         return torch.cat([key, value.to(key.dtype)])
 
     def condition(self, activations):
-        """Bayes' rule with the activations [x0 (n, P), x1 (n, H), ..], row after row."""
+        """Bayes' rule with the activations [x0 (n, P), x1 (n, H), ..], row after row.
+
+        A write has one row; several are for who knows the hidden layers, such as a test.
+        """
         if self.n_written == 0:
             self.R_prior = [R.clone() for R in self.R]              # for `forget`
             self.r_prior = self.r.clone()
@@ -175,7 +180,7 @@ class BayesPCN:
             else:
                 error = (x[l] - z @ self.R[l]).square().sum()
                 E = E + minus_log_normal(error, v, self.H)
-        v = x[-1].new_tensor(self.s2 + self.u)                      # at the top
+        v = x[-1].new_tensor(self.s2 + self.u)                      # at the top; a tensor, for log
         error = (x[-1] - self.r).square().sum()
         return E + minus_log_normal(error, v, self.H)
 
@@ -194,7 +199,8 @@ class BayesPCN:
     def noise(self, stream, rows, width):
         """Noise (rows, width) of variance 1 / width, the same for the same stream.
 
-        stream: l for the prior of layer l, L for reads, L + 1 + t for write t.
+        stream: l for the prior of layer l, L for the start of every read, L + 1 + t for that of
+        write t.
         """
         generator = torch.Generator().manual_seed(100_003 * self.seed + stream)
         x = torch.randn(rows, width, generator=generator)

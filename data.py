@@ -37,7 +37,7 @@ def load(name, data_dir):
             for archive in ("cifar-100-python.tar.gz", "tiny-imagenet-200.zip"):
                 Path(data_dir, archive).unlink(missing_ok=True)
         raise OSError(f"cannot load {name}: {error}. Is it in {data_dir}? "
-                      "Without network, it has to be put there by hand") from error
+                      "What is downloaded needs a network, once") from error
 
 
 # ---- the paper's data sets ---------------------------------------------------------------------
@@ -199,7 +199,7 @@ def glyphs(data_dir, n_train=22, n_test=8):
     """100 classes of 64 x 64 pictures: each is a figure of two strokes and their mirror images.
 
     Mirrored, so that a flip, with which the modulations are trained, does not change the class.
-    n_train was chosen on --validate: the controls none and wrong stay 15 and 10 points below FAA.
+    n_train was chosen on --validate: on average, none and wrong stay 15 and 10 points below FAA.
     """
     classes = [f"glyph {label:02d}" for label in range(100)]
     halves = []

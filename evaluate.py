@@ -34,7 +34,7 @@ def make_memory(text, dim):
     things = {word.lower(): thing for word, thing in vars(module).items()}
     memory = things.get(name.lower())
     if not hasattr(memory, "write"):
-        raise ValueError(f"there is no memory '{name}': {name}.py has no such class with `write`")
+        raise ValueError(f"there is no memory '{name}': {name}.py has no class {name} with `write`")
     try:
         return memory(dim, **parse_options(options))
     except (TypeError, ValueError) as error:
@@ -131,16 +131,16 @@ COLUMNS = {
             "drop": "D(M)", "faa_strict": "strict"}}
 LEGEND = {
     "til": """\
-In percent. FAA_GT: final average accuracy over the tasks, with the modulations as trained; FAA(M):
-as the memory M recalls them; D(M) = FAA_GT - FAA(M). error: |theta_hat - theta| / |theta|, without
-the key.
+Accuracies are in percent. FAA_GT: final average accuracy over the tasks, with the modulations as
+trained; FAA(M): as the memory M recalls them; D(M) = FAA_GT - FAA(M). error: |theta_hat - theta| /
+|theta|, without the key.
 """,
     "mts": """\
-In percent. Task Acc: images whose task is predicted right. FAA_GT: final average accuracy over the
-tasks, with the task known and the modulations as trained. local: with the task predicted and its
-modulation as the memory M recalls it, where a label counts as right if it is right within the task
-(so, it seems, in the paper); strict: only if the task is right, too. D(M) = FAA_GT - local. The
-controls are local.
+Accuracies are in percent. Task Acc: images whose task is predicted right. FAA_GT: final average
+accuracy over the tasks, with the task known and the modulations as trained. local: with the task
+predicted and its modulation as the memory M recalls it, where a label counts as right if it is
+right within the task (so, it seems, in the paper); strict: only if the task is right, too. D(M) =
+FAA_GT - local. The controls are local.
 """,
     "both": """\
 Controls: logistic regression on the bare substrate (linear); the task's head with the mean of all
@@ -200,11 +200,11 @@ def report(results):
 
 def table(command, results):
     """The table of one experiment: a row for all runs that differ in the seed alone."""
-    rows = {}
+    rows = {}                               # {(name, digest): {seed: result}}
     for result in sorted(results, key=lambda result: result["seed"]):
         # The digest tells apart what other data, other weights or other code gave: to average those
         # as if they were seeds would be wrong.
-        row = rows.setdefault((label(result), result.get("digest", "")), {})
+        row = rows.setdefault((label(result), result["digest"]), {})
         row[result["seed"]] = result
     names = [name for name, _ in rows]
     columns = COLUMNS[results[0]["setting"]] | dict(zip(CONTROLS, CONTROLS))
@@ -229,7 +229,8 @@ def cell(runs, column):
     values = []
     for run in runs:
         flat = run | run["controls"] | {"recall_error": run["recall_error"]["mean"]}
-        values.append(flat[column])
+        # A control may be newer than the result.
+        values.append(flat.get(column, float("nan")))
     # Accuracies are given as in the paper. An error may be small.
     digits = 4 if column == "recall_error" else 2
     text = f"{statistics.mean(values):.{digits}f}"

@@ -3,7 +3,7 @@
     write   K and V gain the columns k_t and theta_t / k_t, which is theta_t without k_t
     read    theta_hat = k (+) V softmax(beta K^T k), where (+) joins two vectors
 
-For orthogonal keys and beta far above 1 / |k|^2, the softmax is one-hot: a read returns the value
+For orthogonal keys and beta far above 1 / (k^T k), the softmax is one-hot: a read returns the value
 whose key has the largest product with k. With a small beta, it blends all that was written.
 """
 import torch

@@ -165,8 +165,9 @@ class Classifier(nn.Module):
         if self.plain:
             return self.head(self.vit(x))
         # The kernels are so small that to start them one by one takes longer than to run them. A
-        # CUDA graph starts all at once. One for each batch size serves every task, since the
-        # weights of all tasks are written to the same place.
+        # CUDA graph starts all at once. One for each batch size serves every task, since `set` and
+        # `init` write the weights of all tasks to the same place. (It keeps its example, the clone,
+        # as the place of its input.)
         if len(x) not in self.graphs:
             network = nn.Sequential(self.vit, self.head)
             self.graphs[len(x)] = torch.cuda.make_graphed_callables(network, (x.clone(),))
@@ -215,7 +216,7 @@ def fit(classifier, images, labels, epochs, batch_size, lr, generator, augment=f
         for start in range(0, n, batch_size):
             batch = slice(start, start + batch_size)
             y = labels[order[batch]]
-            augmentation = {name: x[batch] for name, x in drawn.items()}    # drawn for each place
+            augmentation = {name: x[batch] for name, x in drawn.items()}    # row i is for order[i]
             logits = classifier(images[order[batch]], **augmentation)           # (B, n_classes)
             loss = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
             loss.backward()

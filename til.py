@@ -362,7 +362,7 @@ def main(args, action):
     print(f"{args.dataset} in {args.splits} tasks; {args.backbone} at {args.image_size} px, LoRA "
           f"of rank {args.rank}; memory {args.memory}; on {args.device}", flush=True)
     set_up_torch(args)
-    # Mistakes that are found before anything is decoded, or trained.
+    # Mistakes that are found before anything is decoded, or trained. (10: any length will do.)
     evaluate.make_memory(args.memory, 10)
     if len({*args.seeds}) < len(args.seeds):
         raise ValueError("--seeds: one of them is given twice")
@@ -419,7 +419,8 @@ def set_up_torch(args):
 if __name__ == "__main__":
     with data.one_line_errors():
         parser = options(__doc__)
-        parser.add_argument("--task", type=int, help="the task (1 to T) of the picture")
+        parser.add_argument("--task", type=int,
+                            help="the task (1 to T) of the picture; --predict names its classes")
         parser.add_argument("--probe", nargs="+", metavar="MEMORY",
                             help="recall as these memories fill up, and with noisy keys")
         args = parser.parse_args()

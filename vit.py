@@ -118,7 +118,7 @@ def cut_out(x, crop, size):
     # grid_sample has no antialias: a larger image is reduced before it is sampled.
     if x.shape[-1] > size:
         x = resize(x, size)
-    # Each window is an affine map, the matrix [side I | centre].
+    # Each window is an affine map [side I | centre]: a point p of it shows x at side p + centre.
     side, centre = crop[:, :1, None], crop[:, 1:, None]             # (B, 1, 1), (B, 2, 1)
     scale = side * torch.eye(2, device=x.device)                    # (B, 2, 2)
     window = torch.cat([scale, centre], dim=2)                      # (B, 2, 3)
