@@ -8,8 +8,8 @@ x^(L-1) (d_l = H). Regression l predicts x^l from the layer above it: from z = G
 vector. The inputs z are not known. So a write and a read both begin with a search for the hidden
 layers that explain x^0 best. The weights W_l are random variables, of which only a belief is kept:
 
-    x^l | x^(l+1) ~ N(z W_l, s2 I),  W_l ~ MatrixNormal(R_l, U_l, I)    for l = 0 .. L-2
-    x^(L-1)       ~ N(w, s2 I),      w ~ N(r, u I)                      at the top
+    x^l | x^(l+1), W_l ~ N(z W_l, s2 I),  W_l ~ MatrixNormal(R_l, U_l, I)    for l = 0 .. L-2
+    x^(L-1) | w        ~ N(w, s2 I),      w ~ N(r, u I)                      at the top
 
 The belief consists of the means R_l (H, d_l) and r (H,), the covariance U_l (H, H) between the H
 rows of W_l, which all its columns share, and the variance u. So each element of z W_l varies by
@@ -20,8 +20,8 @@ z U_l z^T. With the weights integrated out,
 
 and the energy is
 
-    E = -log p = 1/2 sum_l [ |x^l - z R_l|^2 / v_l + d_l log(2 pi v_l) ]
-               + 1/2 [ |x^(L-1) - r|^2 / v + H log(2 pi v) ]
+    E = -log p(x^0, .., x^(L-1)) = 1/2 sum_l [ |x^l - z R_l|^2 / v_l + d_l log(2 pi v_l) ]
+                                 + 1/2 [ |x^(L-1) - r|^2 / v + H log(2 pi v) ]
 
 write   x^0 is theta. Descend E over the hidden layers, then update the belief by Bayes' rule. So E
         becomes low there, and a read can descend to the same place, from a part of x^0.
@@ -29,10 +29,11 @@ read    Only the key, the first |k| columns of x^0, is known. Descend E over the
         predict the other columns by z R_0.
         joint      (Yoo & Wood's way) minimises over the unknown columns, too. That needs no search:
                    at the minimum, they equal their prediction z R_0, and add no error. But they
-                   count in d_0 = P: error / v_0 + P log v_0 is least at v_0 = error / P, though
-                   only |k| columns make that error. So small a v_0 = s2 + z U_0 z^T takes a small
-                   z, and so the recalled theta, z R_0, is too small.
-        marginal   (ours, the default) integrates the unknown columns out: d_0 = |k|.
+                   count in d_0 = P: P log v_0 pulls v_0 towards error / P, though only |k| columns
+                   make that error. A smaller v_0 = s2 + z U_0 z^T takes a smaller z, and so a
+                   smaller theta, z R_0. (If its elements are far above sqrt(s2), it loses little.)
+        marginal   (ours, the default) integrates the unknown columns out: d_0 = |k|. So z shrinks
+                   less.
 """
 import math
 
@@ -48,16 +49,16 @@ def minus_log_normal(error, v, d):
 class BayesPCN:
     """A memory for about `hidden` vectors theta of `dim` elements, in float64 on the CPU.
 
-    (A regression on `hidden` inputs can fit as many targets.) The paper (A.2) has 4 layers, 500
-    steps and a learning rate of 0.01; that the rate falls, and that a descent ends before if E
-    stands still (rarely, it would have gone on to fall), is ours. The paper's rate of weight
-    updates has no place here: Bayes' rule updates them. For the rest the paper refers to Yoo &
-    Wood's defaults; whether ours are theirs is not checked.
+    (A regression on `hidden` inputs fits about as many rows.) The paper (A.2) has 4 layers, 500
+    steps and a learning rate of 0.01; that the rate falls, and that a descent may end early (most
+    would have fallen a little more), is ours. The paper's rate of weight updates has no place here:
+    Bayes' rule updates them. For the rest the paper refers to Yoo & Wood's defaults; whether ours
+    are theirs is not checked.
 
     sigma_obs is sqrt(s2), for all layers. Before the first write, u is sigma_prior^2, U_l is u I,
-    and R_l and r are noise. (If R_0 were 0, no z could explain x^0 better than another.) A descent
-    takes at most `steps` steps of Adam, whose learning rate begins at `lr`. After it, `trace` lists
-    E at each step. `seed` is not that of a run: all runs have the same draws.
+    and R_l and r are noise. (If R_0 were 0, x^0 would favour no direction of z.) A descent takes at
+    most `steps` steps of Adam, whose learning rate begins at `lr`. After it, `trace` lists E before
+    each step. `seed` is not that of til.py's --seeds: all runs have the same draws.
     """
 
     def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01,
@@ -77,7 +78,7 @@ class BayesPCN:
         self.seed = seed
         self.s2 = sigma_obs ** 2
         self.u = self.u_prior = sigma_prior ** 2
-        # float64: a write adds 1 / s2 = 10,000 to precisions that begin at 1.
+        # float64: a write adds outer(z, z) / s2, with 1 / s2 = 10,000, to a precision of I.
         self.U_prior = self.u_prior * torch.eye(hidden, dtype=torch.float64)
         widths = [dim] + [hidden] * (layers - 2)                    # d_l
         self.R = [self.noise(l, hidden, d) for l, d in enumerate(widths)]       # (H, d_l)
@@ -107,7 +108,7 @@ class BayesPCN:
     def condition(self, activations):
         """Bayes' rule with the activations [x0 (n, P), x1 (n, H), ..], row after row.
 
-        A write has one row; several are for who knows the hidden layers, such as a test.
+        A write has one row. Tests, which choose the hidden layers, have several.
         """
         if self.n_written == 0:
             self.R_prior = [R.clone() for R in self.R]              # for `forget`
@@ -122,13 +123,13 @@ class BayesPCN:
             self.n_written += 1
 
     def regress(self, l, z, y):
-        """Bayesian linear regression of y = x^l (d_l,) on z (H,): U_l^-1 grows by z^T z / s2.
+        """Bayesian linear regression of y = x^l (d_l,) on z (H,): U_l^-1 gains outer(z, z) / s2.
 
         The Sherman-Morrison formula makes that a change of U_l itself, without an inverse.
         """
         R = self.R[l]
         U = self.U[l]
-        # As in a Kalman filter, what one observation changes is a matrix of rank one.
+        # What one observation adds to R, and to U, is a matrix of rank one.
         Uz = U @ z                                                  # U z^T  (H,)
         gain = Uz / (self.s2 + z @ Uz)                              # U z^T / v_l  (H,)
         R.addr_(gain, y - z @ R)                                    # R <- R + gain (y - z R)
@@ -167,8 +168,8 @@ class BayesPCN:
     def energy(self, hidden, error_0, d_0):
         """E at the hidden activations x^1, x^2, .., the rows of `hidden` (L-1, H).
 
-        error_0, a function of z, is |x^0 - z R_0|^2 over the known columns of x^0. d_0 is P or, in
-        a marginal read, |k|.
+        error_0(z) is |x^0 - z R_0|^2 over the known columns of x^0. d_0 is P or, in a marginal
+        read, |k|.
         """
         x = [None, *hidden]                                         # x[l] is x^l; error_0 has x^0
         E = 0
@@ -200,17 +201,17 @@ class BayesPCN:
         """Noise (rows, width) of variance 1 / width, the same for the same stream.
 
         stream: l for the prior of layer l, L for the start of every read, L + 1 + t for that of
-        write t.
+        write t = 0, 1, ..
         """
         generator = torch.Generator().manual_seed(100_003 * self.seed + stream)
         x = torch.randn(rows, width, generator=generator)
         return x.double() / math.sqrt(width)
 
     def forget(self, strength):
-        """Moves the belief towards the prior: strength 0 keeps everything, 1 forgets all.
+        """Moves the belief towards the prior: strength 0 keeps it, 1 restores the prior.
 
-        W becomes keep W + (1 - keep) R_prior + noise of covariance strength U_prior. Like
-        log_joint, it is Yoo & Wood's, and not used by til.py and mts.py.
+        W becomes keep W + (1 - keep) R_prior + noise N(0, strength * U_prior). Like log_joint, it
+        is Yoo & Wood's, and not used by til.py and mts.py.
         """
         if self.n_written == 0:
             return
@@ -221,7 +222,7 @@ class BayesPCN:
         self.u = (1 - strength) * self.u + strength * self.u_prior
 
     def log_joint(self, activations):
-        """log p (n,) of the rows of [x0 (n, P), x1 (n, H), ..], each by itself."""
+        """-E (n,) of each row of [x0 (n, P), x1 (n, H), ..], given the belief alone."""
         rows = zip(*(layer.double() for layer in activations))
         E = [self.energy(hidden, self.squared_error(x0), self.dim) for x0, *hidden in rows]
         return -torch.stack(E)

@@ -123,7 +123,8 @@ def logistic_regression(x, y, n_classes, penalty=0.03):
 
 
 # ---- tables ------------------------------------------------------------------------------------
-PAPER = data.read(Path(__file__).parent / "results/paper.json")     # its Tables 1 and A1
+# Its Tables 1 and A1: {command: {row: cells}}.
+PAPER = data.read(Path(__file__).parent / "results/paper.json")
 # The key of a figure in the JSON files, and its heading in a table.
 COLUMNS = {
     "til": {"faa_gt": "FAA_GT", "faa": "FAA(M)", "drop": "D(M)", "recall_error": "error"},
@@ -156,7 +157,7 @@ def usual(dataset, backbone=None):
     # On glyphs, half of vit_micro's 64 pixels are enough, and quicker.
     half = dataset == "glyphs" and backbone == "vit_micro"
     return {
-        "backbone": default,
+        "backbone": default,                    # not the one given: `label` compares the two
         "rank": 8,                              # paper, A.2
         "alpha": 8,                             # ours
         "epochs": 3,                            # A.2
@@ -199,7 +200,7 @@ def report(results):
 
 
 def table(command, results):
-    """The table of one experiment: a row for all runs that differ in the seed alone."""
+    """The table of one experiment: a row for all runs that differ in seed (or machine) alone."""
     rows = {}                               # {(name, digest): {seed: result}}
     for result in sorted(results, key=lambda result: result["seed"]):
         # The digest tells apart what other data, other weights or other code gave: to average those

@@ -31,7 +31,8 @@ def mts_training(run):
 def mts_inference(vit, predictor, heads, images, keys, memory):
     """Algorithm 4: the predicted tasks t_hat (n,), from 0, and logits (n, classes of a task).
 
-    images: uint8 (n, 3, h, w); predictor: theta_0 (P,) and its head; heads, keys: one a task.
+    images: uint8 (n, 3, h, w); predictor: theta_0 (P,) and its head; heads, keys: one a task. (The
+    paper's input is one key, v_t; but as the task is not known, it must be all.)
     """
     t_hat = predict_task(vit, predictor, images, len(keys))     # 3: t_hat = C(x; W, theta_0)
     logits = torch.empty(len(images), heads[0].out_features)
@@ -72,7 +73,7 @@ def train_predictor(run, classifier, targets):
     generator = data.generator(run.seed, 0)
     epochs = 10                                                 # paper, A.2
     batch_size = 128
-    if args.dataset == "glyphs":                                # few images: smaller batches
+    if args.dataset == "glyphs":                                # ours, for few images
         epochs = 5
         batch_size = 16
 
@@ -97,6 +98,7 @@ CODE = data.code_digest(predictor_targets, train_predictor)     # as in til.py
 def learn_predictor(run):
     """theta_0 (P,) and its head: found in the run's folder, or trained and kept there."""
     targets, n_outputs = predictor_targets(run)
+    # Its ViT and adapters are those of run.classifier: `init` begins anew, `classify` sets theta.
     classifier = lora.Classifier(run.vit, n_outputs, run.args.plain)
     path = predictor_path(run)
     if not path.exists():
@@ -137,13 +139,13 @@ def test(run):
     hits = {"task": task_hit, "local": local, "strict": local & task_hit}
     ways = til.ways_to_classify(run, memory, keys)
     for name, way in data.progress(ways.items(), "testing"):
-        # gt and recalled get the true task, as in TIL, and the controls the predicted one. So the
-        # paper's FAA_MTS(M) is `faa_local` in the file, not `faa`.
+        # gt and recalled get the true task: so faa_gt and faa are those of TIL. The controls get
+        # the predicted one. The paper's FAA_MTS(M) is faa_local.
         used = task_ids if name in ("gt", "recalled") else t_hat
         hits[name] = til.answers(images, used, way) == labels
     result = evaluate.figures(hits, task_ids, til.recall_errors(run, memory, keys))
     faa_local = evaluate.faa(result["per_task"]["local"])
-    path = predictor_path(run)
+    path = predictor_path(run)                                  # its name ends in the variant
     return run.save_result("mts", path.stem.removeprefix("predictor"), result | {
         "predictor": run.args.predictor,
         "label_smoothing": run.args.label_smoothing,

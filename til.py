@@ -37,13 +37,13 @@ def til_training(tasks, train, memory, learn):
     tasks: the classes of each task; memory: an empty one; learn(t, images, labels) -> theta_t (P,),
     t from 0.
     """
-    keys = []                                                   # 2: K_0 is empty, and so is M_0
+    keys = []                                                   # 2: K_0 is empty; a list, in order
     for t, classes in enumerate(tasks):                         # 3
         images, labels = data.task(train, classes)              # 4: D_t, and nothing of other tasks
         theta = learn(t, images, labels)                        # 5, 6: random, then trained
         key, value = lora.split_key(theta)                      # 7: k_t (A.1: v_t), and the rest
         keys.append(key)                                        # 8
-        memory.write(key, value)                                # 9, as 3.1 has it: theta_t / k_t
+        memory.write(key, value)                                # 9, without k_t twice, as in 3.1
     return memory, keys                                         # 11
 
 
@@ -55,7 +55,7 @@ def til_inference(vit, head, images, key, memory):
 
 @torch.no_grad()
 def classify(vit, head, images, theta):
-    """C(x; W, theta): logits (n, outputs of the head) for uint8 images (n, 3, h, w), on the CPU."""
+    """C(x; W, theta) for uint8 images (n, 3, h, w): logits (n, outputs of the head), on the CPU."""
     # Whoever classifies brings the theta: it does not matter which one was in the ViT before.
     lora.set(vit, theta)
     return head(substrate.features(vit, images)).cpu()
@@ -66,7 +66,7 @@ def train_modulation(run, t, images, labels):
     """Lines 5 and 6 of Algorithm 1: theta_t and its head, by draws that seed and t determine."""
     args = run.args
     start = time.perf_counter()
-    # Draws of its own: if a task is found, the next one still gets the same random numbers.
+    # Draws of its own: if a task is read from the folder, the next one still draws the same.
     generator = data.generator(run.seed, t + 1)                 # (seed, 0) is for theta_0
     run.classifier.init(generator)                              # 5
     # A task is small enough to lie on the GPU as a whole, as uint8.
@@ -104,7 +104,7 @@ def describe(args, train, vit):
 class Run:
     """One seed. Its folder keeps every modulation, and is named after all that they depend on.
 
-    So other options, images, weights or code begin another folder, and what is found fits.
+    So a file that is found in it was made with these options, images, weights and code.
     """
 
     def __init__(self, args, seed, train, test):
@@ -114,7 +114,7 @@ class Run:
         self.test = test
         self.tasks = data.split(len(train.classes), args.splits, seed)
         self.vit = substrate.load(args.backbone, args.weights, args.image_size)
-        self.config = describe(args, train, self.vit)
+        self.config = describe(args, train, self.vit)           # of W as it is in the file
         self.digest = data.digest(self.config)
         self.vit.to(args.device)
         # Before `add`, so that only W is cast: bfloat16 is too coarse for AdamW's small steps in
@@ -165,7 +165,10 @@ class Run:
         return til_training(self.tasks, self.train, memory, self.learn)
 
     def save_result(self, setting, variant, result):
-        """Writes figures, and what they are about, as <setting>-<memory><variant>.json and .svg."""
+        """Writes figures, and what they are about, as <setting>-<memory><variant>.json and .svg.
+
+        variant: "" for TIL, "-<predictor>-<digest>" for MTS.
+        """
         device = f"CPU, {torch.get_num_threads()} threads"
         if self.args.device == "cuda":
             device = torch.cuda.get_device_name()
@@ -193,6 +196,7 @@ def ways_to_classify(run, memory, keys):
     """{name: function (t, images) -> logits}, which treats the images as belonging to task t.
 
     With theta as trained (gt), as recalled; and evaluate.CONTROLS, which show what theta is worth.
+    (Another control is a line here, its name there, and its description in evaluate.LEGEND.)
     """
     vit = run.vit
     heads = run.heads()
@@ -227,7 +231,7 @@ def fit_linear_heads(run):
 
 
 def answers(images, task_ids, way):
-    """Predicted labels (n,), each within the task that task_ids (n,) names; all from 0."""
+    """Predicted labels (n,), from 0 within the task that task_ids (n,) gives an image."""
     labels = torch.empty_like(task_ids)
     # The images of a task together, so that its modulation is recalled and loaded once.
     for t in task_ids.unique().tolist():
@@ -237,7 +241,7 @@ def answers(images, task_ids, way):
 
 
 def recall_errors(run, memory, keys):
-    """|theta_hat - theta| / |theta| of each task."""
+    """|theta_hat - theta| / |theta| of each task, without the key."""
     return [evaluate.recall_error(memory.read(key), run.modulation(t)["theta"])
             for t, key in enumerate(data.progress(keys, "recalling"))]
 
@@ -288,11 +292,11 @@ def probe(run):
         for n in range(1, T + 1):
             theta = run.modulation(n - 1)["theta"]
             memory.write(*lora.split_key(theta))
-            if n % math.ceil(T / 4) == 0 or n == T:             # at every quarter
+            if n % math.ceil(T / 4) == 0 and n < T:             # at every quarter
                 rows.append(recall_with_noise(run, name, memory, keys[:n], 0))
-        rows += [recall_with_noise(run, name, memory, keys, noise) for noise in NOISE]
-        # Of the full memory, with noise 0 and then with NOISE.
-        lines[name] = [row["faa"] for row in rows[-1 - len(NOISE):]]
+        full = [recall_with_noise(run, name, memory, keys, noise) for noise in (0, *NOISE)]
+        rows += full
+        lines[name] = [row["faa"] for row in full]
     data.save(run.folder / "probe.json", {"rows": rows})
     evaluate.plot(run.folder / "probe.svg", "noise of a key / its root mean square", "FAA in %",
                   lines, (0, *NOISE))
@@ -354,10 +358,9 @@ def options(description):
 
 def main(args, action):
     """action(run) for each seed; then a table of the results, which `test` alone returns."""
-    # What is usual depends on the data set, so argparse cannot fill it in. til.py has no options of
-    # the predictor: for those, getattr returns `value`, and nothing is set.
+    # What is usual depends on the data set, so argparse cannot fill it in.
     for option, value in evaluate.usual(args.dataset, args.backbone).items():
-        if getattr(args, option, value) is None:
+        if option in args and getattr(args, option) is None:    # til.py has not the predictor's
             setattr(args, option, value)
     print(f"{args.dataset} in {args.splits} tasks; {args.backbone} at {args.image_size} px, LoRA "
           f"of rank {args.rank}; memory {args.memory}; on {args.device}", flush=True)
