@@ -58,7 +58,7 @@ class BayesPCN:
     sigma_obs is sqrt(s2), for all layers. Before the first write, u is sigma_prior^2, U_l is u I,
     and R_l and r are noise. (If R_0 were 0, x^0 would favour no direction of z.) A descent takes at
     most `steps` steps of Adam, whose learning rate begins at `lr`. After it, `trace` lists E before
-    each step. `seed` is not that of til.py's --seeds: all runs have the same draws.
+    each step. `seed` is none of til.py's --seeds: all runs have the same draws.
     """
 
     def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01,
