@@ -93,7 +93,7 @@ def decode_tinyimagenet(folder, n_train=500, n_val=50):
 
 
 def list_tinyimagenet(folder, wnids):
-    """{"train": .., "val": ..}: lists of (path, name of its class)."""
+    """{"train": .., "val": ..}: lists of (path, wnid of its class)."""
     # Sorted: the order in which a file system lists them differs between machines.
     train = [(path, wnid) for wnid in wnids
              for path in sorted((folder / "train" / wnid).rglob("[!.]*.JPEG"))]
@@ -199,7 +199,8 @@ def glyphs(data_dir, n_train=22, n_test=8):
     """100 classes of 64 x 64 pictures: each is a figure of two strokes and their mirror images.
 
     Mirrored, so that a flip, with which the modulations are trained, does not change the class.
-    n_train was chosen on --validate: on average, none and wrong stay 15 and 10 points below FAA.
+    n_train was chosen on --validate: on average, none and wrong are 15 and 10 points or more below
+    FAA.
     """
     classes = [f"glyph {label:02d}" for label in range(100)]
     halves = []

@@ -123,7 +123,7 @@ def logistic_regression(x, y, n_classes, penalty=0.03):
 
 
 # ---- tables ------------------------------------------------------------------------------------
-# Its Tables 1 and A1: {command: {row: cells}}.
+# The paper's Tables 1 and A1: {command: {row: cells}}.
 PAPER = data.read(Path(__file__).parent / "results/paper.json")
 # The key of a figure in the JSON files, and its heading in a table.
 COLUMNS = {
@@ -200,7 +200,7 @@ def report(results):
 
 
 def table(command, results):
-    """The table of one experiment: a row for all runs that differ in seed (or machine) alone."""
+    """The table of one experiment: a row for all runs that differ in the seed alone."""
     rows = {}                               # {(name, digest): {seed: result}}
     for result in sorted(results, key=lambda result: result["seed"]):
         # The digest tells apart what other data, other weights or other code gave: to average those

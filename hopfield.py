@@ -3,8 +3,8 @@
     write   K and V gain the columns k_t and theta_t / k_t, which is theta_t without k_t
     read    theta_hat = k (+) V softmax(beta K^T k), where (+) joins two vectors
 
-For orthogonal keys and beta far above log(T) / (k^T k), the softmax is one-hot: a read returns the
-value whose key has the largest product with k. With a small beta, it blends all that was written.
+If k was written, the keys are orthogonal and beta is far above log(T) / (k^T k), the softmax is
+one-hot, and a read returns the value of k. With a small beta, it blends all that was written.
 """
 import torch
 

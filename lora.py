@@ -166,8 +166,8 @@ class Classifier(nn.Module):
             return self.head(self.vit(x))
         # The kernels are so small that to start them one by one takes longer than to run them. A
         # CUDA graph starts all at once. One for each batch size serves every task, since `set` and
-        # `init` write the weights of all tasks to the same place. (It keeps its example, the clone,
-        # as the place of its input.)
+        # `init` write the weights of all tasks to the same place. (It reads its input from one
+        # place, too, that of its example: hence `clone`.)
         if len(x) not in self.graphs:
             network = nn.Sequential(self.vit, self.head)
             self.graphs[len(x)] = torch.cuda.make_graphed_callables(network, (x.clone(),))

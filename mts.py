@@ -134,7 +134,7 @@ def test(run):
     task_ids, labels = data.task_labels(run.test, run.tasks)
     task_hit = t_hat == task_ids
     # If the task is wrong, the number of the class within it can still be right. `local` counts it
-    # as right, as the paper seems to do; `strict` does not.
+    # as right, as the paper seems to do (its FAA can exceed its Task Acc); `strict` does not.
     local = logits.argmax(1) == labels
     hits = {"task": task_hit, "local": local, "strict": local & task_hit}
     ways = til.ways_to_classify(run, memory, keys)
