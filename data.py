@@ -1,13 +1,18 @@
-"""Data sets, their split into tasks, pictures, and how files are written and read.
+"""The data sets, and how they are split into tasks.
 
-CIFAR-100 and TinyImageNet are the paper's (section 4). `glyphs` is drawn here, from a seed, so that
-there is something to train on without a download. `folder` reads pictures of your own.
+CIFAR-100 and TinyImageNet are those of the paper (section 4). `glyphs` is drawn by this file, so
+that you can try everything without a download. `folder` reads pictures of your own.
+
+    train, test = load("cifar100", "data")
+    tasks = split(100, 20, seed=0)                      # 20 lists of 5 classes
+    images, labels = task(train, tasks[0])              # D_t, the images of the first task
+
+The last part has the few lines that read and write files, and that talk to the terminal.
 """
 import argparse
 import ast
 import contextlib
 import hashlib
-import inspect
 import json
 import os
 import sys
@@ -21,177 +26,171 @@ from PIL import Image, ImageOps             # Pillow comes with torchvision
 
 
 class Images(NamedTuple):
-    """A part of a data set, for training or for testing."""
+    """One half of a data set: the images to train on, or those to test on."""
     images: torch.Tensor                    # uint8 (N, 3, h, w), RGB
     labels: torch.Tensor                    # int64 (N,), index into classes
-    classes: list                           # names
+    classes: list                           # the names of the classes
+
+
+class Mistake(Exception):
+    """A mistake of the user, such as a wrong option. The program ends with this one line."""
 
 
 def load(name, data_dir):
-    """(train, test) of a data set, both Images. ValueError or OSError if something is broken."""
-    try:
-        return LOADERS[name](Path(data_dir))
-    except (OSError, RuntimeError) as error:
-        # torchvision's, for a download that was cut short: it must not stay.
-        if isinstance(error, RuntimeError):
-            for archive in ("cifar-100-python.tar.gz", "tiny-imagenet-200.zip"):
-                Path(data_dir, archive).unlink(missing_ok=True)
-        raise OSError(f"cannot load {name}: {error}. Is it in {data_dir}? "
-                      "What is downloaded needs a network, once") from error
+    """The two halves (train, test) of the data set `name`. Raises Mistake if it cannot be had."""
+    return LOADERS[name](Path(data_dir))
 
 
 # ---- the paper's data sets ---------------------------------------------------------------------
 def cifar100(data_dir):
-    """CIFAR-100 (Krizhevsky, 2009): 100 classes, 32 x 32 pixels, 500 + 100 images each."""
-    # Imported here, because it takes two seconds that the other data sets can do without.
-    from torchvision.datasets import CIFAR100
+    """CIFAR-100 (Krizhevsky, 2009): 100 classes, 32 x 32 pixels, 500 + 100 images of each."""
+    from torchvision.datasets import CIFAR100           # here, because this import takes 2 seconds
     halves = []
     for train in (True, False):
-        half = CIFAR100(data_dir, train=train, download=True)       # compares md5 sums
+        with downloading(data_dir):
+            half = CIFAR100(data_dir, train=train, download=True)   # it checks the files' md5 sums
         images = torch.from_numpy(half.data).permute(0, 3, 1, 2)    # (N, 3, 32, 32)
-        labels = torch.tensor(half.targets)
-        halves.append(Images(images.contiguous(), labels, half.classes))
+        halves.append(Images(images.contiguous(), torch.tensor(half.targets), half.classes))
     return halves
 
 
 def tinyimagenet(data_dir):
-    """TinyImageNet (Le & Yang, 2015): 200 classes, 64 x 64 pixels, 500 + 50 images each.
+    """TinyImageNet (Le & Yang, 2015): 200 classes, 64 x 64 pixels, 500 + 50 images of each.
 
-    We test on its val half. The first call decodes all files, in about a minute, and keeps them.
+    The labels of its test half were never published. So we test on its val half, as others do. To
+    decode 110,000 files takes a minute, so the result is kept in a file.
     """
     from torchvision.datasets.utils import download_and_extract_archive
-    folder = data_dir / "tiny-imagenet-200"
     cache = data_dir / "tiny-imagenet-200.pt"
     if not cache.exists():
-        if not folder.exists():
-            download_and_extract_archive(
-                "http://cs231n.stanford.edu/tiny-imagenet-200.zip", data_dir,
-                md5="90528d7ca1a48142e341f4ef8d21d0de")
-        save(cache, decode_tinyimagenet(folder))
+        root = data_dir / "tiny-imagenet-200"
+        if not root.exists():
+            with downloading(data_dir):
+                download_and_extract_archive(
+                    "http://cs231n.stanford.edu/tiny-imagenet-200.zip", data_dir,
+                    md5="90528d7ca1a48142e341f4ef8d21d0de")
+        save(cache, decode_tinyimagenet(root))
     content = read(cache)
     return [Images(**content["train"]), Images(**content["val"])]
 
 
-def decode_tinyimagenet(folder, n_train=500, n_val=50):
-    """The official folder, which must hold that many images of each class, as two dictionaries."""
-    wnids = (folder / "wnids.txt").read_text().split()
-    words = (folder / "words.txt").read_text().splitlines()
-    names = dict(line.split("\t") for line in words)
-    halves = list_tinyimagenet(folder, wnids)
-    for half, each in (("train", n_train), ("val", n_val)):         # before a minute of decoding
+def decode_tinyimagenet(root, n_train=500, n_val=50):
+    """{"train": .., "val": ..} from the official folder, with so many images of each class."""
+    wnids = (root / "wnids.txt").read_text().split()                # WordNet's names of the classes
+    words = (root / "words.txt").read_text().splitlines()
+    english = dict(line.split("\t") for line in words)
+    halves = list_tinyimagenet(root, wnids)
+    for half, n in (("train", n_train), ("val", n_val)):            # before a minute of decoding
         found = [wnid for path, wnid in halves[half] if path.exists()]
-        if sorted(found) != sorted(each * wnids):
-            raise ValueError(f"{folder / half} does not hold {each} images of each class: remove "
-                             f"{folder}, and unpack the official archive again")
+        if sorted(found) != sorted(n * wnids):
+            raise Mistake(f"{root / half} should hold {n} images of each of {len(wnids)} classes, "
+                          f"but holds {len(found)} images: unpack the official archive again")
     content = {}
     for half, files in halves.items():
+        images = [picture(path, 64) for path, _ in progress(files, f"decoding {half} image")]
         content[half] = {
-            "images": decode([path for path, _ in files], 64, f"decoding {half} images"),
+            "images": torch.stack(images),
             "labels": torch.tensor([wnids.index(wnid) for _, wnid in files]),
-            "classes": [names[wnid].split(",")[0] for wnid in wnids]}
+            "classes": [english[wnid].split(",")[0] for wnid in wnids]}
     return content
 
 
-def list_tinyimagenet(folder, wnids):
-    """{"train": .., "val": ..}: lists of (path, wnid of its class)."""
-    # Sorted: the order in which a file system lists them differs between machines.
+def list_tinyimagenet(root, wnids):
+    """The files of both halves, as lists of pairs (path, wnid of the class)."""
+    # Sorted, because the order in which a disk lists its files differs between computers.
     train = [(path, wnid) for wnid in wnids
-             for path in sorted((folder / "train" / wnid).rglob("[!.]*.JPEG"))]
-    # All val images lie in one folder: only the annotations tell their classes.
-    lines = (folder / "val/val_annotations.txt").read_text().splitlines()
-    val = [(folder / "val/images" / name, wnid)
-           for name, wnid, *_ in map(str.split, sorted(lines))]
+             for path in sorted(root.glob(f"train/{wnid}/**/[!.]*.JPEG"))]
+    # All val images lie in one folder. This file knows their classes: name, class, a bounding box.
+    annotations = (root / "val/val_annotations.txt").read_text().splitlines()
+    rows = [line.split() for line in sorted(annotations)]
+    val = [(root / "val/images" / name, wnid) for name, wnid, *_ in rows]
     return {"train": train, "val": val}
 
 
-# ---- pictures of one's own ---------------------------------------------------------------------
-def folder(data_dir):
-    """Your own pictures in data_dir/train/<class>/ and test/<class>/, as 224 x 224 squares.
+@contextlib.contextmanager
+def downloading(data_dir):
+    """What torchvision raises when it cannot download, as a Mistake."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise Mistake(f"cannot download to {data_dir} ({error}): this needs a network, once. If "
+                      "there is an archive that was cut short, remove it") from error
 
-    val/ is taken if there is no test/. The pictures are decoded once and kept, and decoded again if
-    a file was added, removed or changed.
+
+# ---- pictures of your own ----------------------------------------------------------------------
+def folder(data_dir):
+    """Your own pictures: data_dir/train/<class>/<picture>, and data_dir/test/ or val/ alike.
+
+    They are cut to central squares of 224 x 224 pixels.
     """
     train = data_dir / "train"
     test = data_dir / "test"
     val = data_dir / "val"
-    if val.exists() and not test.exists():
+    if val.is_dir() and not test.is_dir():
         test = val
-    for half, other in ((train, test), (test, train)):
-        missing = {*class_names(other)} - {*class_names(half)}
-        if missing:
-            raise ValueError(f"{half} has no folders {sorted(missing)}, but {other} has")
-    files = [list_pictures(half) for half in (train, test)]
-    version = digest([(str(path), path.stat().st_mtime_ns) for path in sum(files, [])])
-    cache = data_dir / "pictures.pt"
-    content = read(cache) if cache.exists() else {}
-    if content.get("version") != version:
-        images = [decode(paths, 224, "decoding pictures") for paths in files]
-        content = {"version": version, "images": images}
-        with contextlib.suppress(OSError):      # we may not be allowed to write there
-            save(cache, content)
     classes = class_names(train)
-    parts = []
-    for images, paths in zip(content["images"], files):
-        labels = [classes.index(path.parent.name) for path in paths]
-        parts.append(Images(images, torch.tensor(labels), classes))
-    return parts
+    if class_names(test) != classes:
+        different = sorted({*classes} ^ {*class_names(test)})
+        raise Mistake(f"{train} and {test} should have the same classes, but only one of them has "
+                      f"{', '.join(different)}")
+    halves = []
+    for half in (train, test):
+        files = [list_pictures(half / name) for name in classes]
+        paths = sum(files, [])
+        images = [picture(path, 224) for path in progress(paths, f"decoding {half}")]
+        labels = [label for label, of_class in enumerate(files) for _ in of_class]
+        halves.append(Images(torch.stack(images), torch.tensor(labels), classes))
+    return halves
 
 
-def class_names(folder):
-    """The names of the folders in it, one for each class."""
-    names = [path.name for path in sorted(folder.iterdir()) if is_visible(path) and path.is_dir()]
+def class_names(half):
+    """The names of the folders in `half`, one for each class."""
+    if not half.is_dir():
+        raise Mistake(f"there is no folder {half}: expected {half}/<class>/<picture>")
+    folders = sorted(path for path in half.iterdir() if path.is_dir())
+    # Such as .ipynb_checkpoints, @eaDir and __MACOSX: systems and editors leave them behind.
+    hidden = [path.name for path in folders if path.name.startswith((".", "@", "__"))]
+    if hidden:
+        print(f"{half}: left out, as hidden folders: {', '.join(hidden)}")
+    names = [path.name for path in folders if path.name not in hidden]
     if not names:
-        raise ValueError(f"{folder} holds no folders, one for each class")
+        raise Mistake(f"{half} should hold a folder for each class, but holds none")
     return names
 
 
-def list_pictures(folder):
-    """The picture files of all classes. It says how many other files there are."""
-    suffixes = Image.registered_extensions()
-    found = [path for name in class_names(folder) for path in sorted((folder / name).iterdir())]
-    files = [path for path in found if is_visible(path) and path.suffix.lower() in suffixes]
-    empty = {*class_names(folder)} - {path.parent.name for path in files}
-    if empty:
-        raise ValueError(f"{folder}: there are no pictures of {sorted(empty)}")
-    print(f"{folder}: {len(files)} pictures, {len(found) - len(files)} other files left out")
-    return files
-
-
-def is_visible(path):
-    """Not one of the hidden files and folders that systems and editors leave behind."""
-    return not path.name.startswith((".", "@", "__"))
-
-
-def decode(files, size, label):
-    """Picture files as uint8 (N, 3, size, size)."""
-    return torch.stack([picture(path, size) for path in progress(files, label)])
+def list_pictures(of_class):
+    """The picture files in the folder of a class. It says which other files there are."""
+    readable = {suffix for suffix, kind in Image.registered_extensions().items()
+                if kind in Image.OPEN}
+    files = sorted(of_class.iterdir())
+    pictures = [path for path in files
+                if path.suffix.lower() in readable and not path.name.startswith(".")]
+    others = [path.name for path in files if path not in pictures]
+    if others:
+        print(f"{of_class}: {len(pictures)} pictures; left out: {', '.join(others)}")
+    if not pictures:
+        raise Mistake(f"there are no pictures in {of_class}")
+    return pictures
 
 
 def picture(path, size):
-    """The central square of a picture file, upright, as uint8 (3, size, size), RGB."""
+    """The central square of a picture file, as uint8 (3, size, size), RGB.
+
+    It is turned upright, as it was taken, and transparent parts become white. Raises Mistake if the
+    file cannot be read, or has more than 8 bits for a colour.
+    """
     try:
         image = ImageOps.exif_transpose(Image.open(path))
-        square = ImageOps.fit(to_rgb(image), (size, size))          # bicubic
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # SyntaxError: a broken PNG.
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
-
-
-def to_rgb(image):
-    """Any picture as RGB with 8 bits a channel, transparent parts on white."""
+        raise Mistake(f"cannot read {path} as a picture: {error}") from error
     if image.mode[0] in "IF":
-        # More than 8 bits: `convert` would cut off what is over 255, and make nearly all white.
-        pixels = np.nan_to_num(np.asarray(image, np.float64), posinf=0)
-        # The file does not say which number is white. We take the first that no pixel exceeds.
-        limits = (1, 255, 65535) if image.mode == "F" else (65535,)
-        full = next((limit for limit in limits if pixels.max() <= limit), pixels.max())
-        image = Image.fromarray((255 * pixels / full).clip(0, 255).astype(np.uint8))
+        raise Mistake(f"{path} has more than 8 bits for a colour: save it with 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    square = ImageOps.fit(image.convert("RGB"), (size, size))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
 # ---- glyphs ------------------------------------------------------------------------------------
@@ -271,129 +270,120 @@ LOADERS = {
 
 
 # ---- tasks -------------------------------------------------------------------------------------
-def split(n_classes, splits, seed):
-    """The classes of each task: `splits` lists of indices, in an order drawn from the seed."""
-    # With one class in a task, there would be nothing to learn.
-    choices = [n for n in range(1, n_classes // 2 + 1) if n_classes % n == 0]
-    if splits not in choices:
-        prime = f", as {n_classes} is prime" if choices == [1] else ""
-        raise ValueError(f"{n_classes} classes do not make {splits} tasks of two classes or more, "
-                         f"of equal size{prime}: choose one of {choices}, add or omit classes")
+def split(n_classes, n_tasks, seed):
+    """The classes of each task: n_tasks lists of equal length, in an order drawn from the seed."""
+    # A task with one class would leave nothing to learn.
+    possible = [n for n in range(1, n_classes // 2 + 1) if n_classes % n == 0]
+    if n_tasks not in possible:
+        raise Mistake(f"{n_classes} classes cannot be split into {n_tasks} equal tasks of two or "
+                      f"more: --splits can be {', '.join(map(str, possible))}")
     order = np.random.default_rng(seed).permutation(n_classes)
-    return order.reshape(splits, -1).tolist()
+    return order.reshape(n_tasks, -1).tolist()
 
 
-def task_labels(part, tasks):
-    """Each image's task (N,) and label within it (N,), from 0; -1 if it is in none of the tasks."""
-    task_of = torch.full((len(part.classes),), -1)
-    label_of = torch.full((len(part.classes),), -1)
+def task_labels(half, tasks):
+    """For each image, its task (N,) and its label within the task (N,), both counted from 0.
+
+    The label is -1 if the image is in none of the tasks.
+    """
+    task_of = torch.full((len(half.classes),), -1)
+    label_of = torch.full((len(half.classes),), -1)
     for t, classes in enumerate(tasks):
         task_of[classes] = t
         label_of[classes] = torch.arange(len(classes))
-    return task_of[part.labels], label_of[part.labels]
+    return task_of[half.labels], label_of[half.labels]
 
 
-def task(part, classes):
-    """D_t: the images of these classes (n, 3, h, w) and labels (n,), positions in `classes`."""
-    _, labels = task_labels(part, [classes])                    # -1: of another task
+def task(half, classes):
+    """D_t: the images of these classes (n, 3, h, w), and their labels (n,) within the task."""
+    _, labels = task_labels(half, [classes])
     inside = labels >= 0
-    return part.images[inside], labels[inside]
+    return half.images[inside], labels[inside]
 
 
 def hold_out(train):
-    """(train, test) from training images alone: of each class, every tenth image is for testing."""
-    # To choose epochs or learning rates on the test images would flatter the result.
+    """(train, test) from training images alone: every tenth image of a class is for testing.
+
+    Use it to choose learning rates and the like. To choose them on test images would flatter the
+    result.
+    """
     held = torch.zeros(len(train.labels), dtype=torch.bool)
-    for label in train.labels.unique():
+    for label, name in enumerate(train.classes):
         places = (train.labels == label).nonzero()
         if len(places) < 2:
-            raise ValueError("--validate needs two training images of a class, or more: of "
-                             f"{train.classes[label]}, there is one")
+            raise Mistake(f"--validate needs two or more training images of {name}")
         held[places[::10]] = True
     return [train._replace(images=train.images[part], labels=train.labels[part])
             for part in (~held, held)]
 
 
-def generator(*seed):
-    """A torch generator that depends on these numbers alone, and differs for neighbouring ones."""
-    # torch's seeds are single numbers. Sums like seed + t would give two tasks the same numbers.
-    state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+def generator(*numbers):
+    """A generator of random numbers, another one for each combination, such as (seed, task).
+
+    Why not a generator for seed + task? Then task 2 of seed 0 would draw the same numbers as task 1
+    of seed 1.
+    """
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
-# ---- files and the terminal --------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------
 def save(path, content):
-    """Writes a dictionary as JSON or, for other suffixes, by torch.save."""
-    # Beside `path`, then renamed, so that nobody ever finds half a file. With the process in its
-    # name, as two commands may write the same file.
+    """Writes JSON or, for another suffix than .json, by torch.save."""
+    # First beside `path`, then renamed: so nobody ever finds half a file. The number of the process
+    # is in the name, because another command may write the same file.
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".json":
-            # NaN is no JSON, and where a figure should be, a mistake.
-            scratch.write_text(json.dumps(content, allow_nan=False))
+            scratch.write_text(json.dumps(content))
         else:
             torch.save(content, scratch)
         scratch.replace(path)
-    except (OSError, RuntimeError) as error:    # RuntimeError: torch.save's, on a full disk
-        raise OSError(f"cannot write {path}, is there space left? {error}") from error
-    finally:
+    except (OSError, RuntimeError) as error:            # RuntimeError: torch.save, on a full disk
         scratch.unlink(missing_ok=True)
+        raise Mistake(f"cannot write {path}: {error}. Is there space left?") from error
 
 
 def read(path):
-    """The content of such a file, on the CPU, without executing pickles. ValueError if damaged."""
+    """The content of such a file. Raises Mistake if it is damaged."""
     try:
         if path.suffix == ".json":
             return json.loads(path.read_text("utf-8"))
-        # What torch.save writes is a zip, but torch.load does not compare its check sums.
+        # torch.save writes a zip file, which has check sums, but torch.load does not compare them.
         damaged = zipfile.ZipFile(path).testzip()
         if damaged:
             raise ValueError(f"the check sum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:               # missing, not damaged
-        raise
-    except Exception as error:
-        # Of many kinds: it depends on where the damage is.
-        raise ValueError(f"{path} is damaged, remove it: {error}") from error
+    except Exception as error:              # of many kinds: it depends on where the damage is
+        raise Mistake(f"{path} is damaged ({error}): remove it, and it is made anew") from error
 
 
 def digest(*parts):
-    """A hash, of eight hex digits, of CPU tensors and of values that JSON can write."""
+    """Eight hex digits that stand for tensors, and for values that can be written as JSON."""
     sha = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):
-            sha.update(part.contiguous().numpy())
+            sha.update(part.detach().contiguous().numpy())
         else:
             sha.update(json.dumps(part).encode())
     return sha.hexdigest()[:8]
 
 
-def code_digest(*things):
-    """Changes with the code of modules and functions, not with docstrings, comments and layout."""
-    texts = []
-    for thing in things:
-        tree = ast.parse(inspect.getsource(thing))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                if ast.get_docstring(node):
-                    del node.body[0]
-        texts.append(ast.unparse(tree))
-    return digest(texts)
+def digest_of_code(name):
+    """Eight hex digits that stand for the code of a file beside this one.
+
+    Comments, docstrings and layout do not count, so you can change these freely.
+    """
+    tree = ast.parse(Path(__file__).with_name(name).read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node):
+                del node.body[0]
+    return digest(ast.unparse(tree))
 
 
-def at_least(low):
-    """A type for argparse: whole numbers from `low` on."""
-    def whole_number(text):
-        if not text.isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} on")
-        return int(text)
-    return whole_number
-
-
-positive = at_least(1)
-
-
+# ---- the terminal ------------------------------------------------------------------------------
 def parser(description):
     """An argument parser whose help begins with the description, and whose errors take one line."""
     return argparse.ArgumentParser(
@@ -401,23 +391,34 @@ def parser(description):
         formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def whole_number(low):
+    """A type for argparse: whole numbers from `low` on."""
+    def convert(text):
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} on")
+        return int(text)
+    return convert
+
+
 def progress(items, label):
-    """Yields the items of a list, and counts them on the terminal."""
+    """Yields the items, and counts them on a terminal."""
+    on_terminal = sys.stderr.isatty()
     for i, item in enumerate(items, 1):
         yield item
-        if sys.stderr.isatty():
-            end = "\n" if i == len(items) else ""
-            print(f"\r{label} {i}/{len(items)}", end=end, file=sys.stderr, flush=True)
+        if on_terminal:
+            print(f"\r{label}: {i} of {len(items)} ", end="", file=sys.stderr, flush=True)
+    if on_terminal:
+        print("\r" + 70 * " " + "\r", end="", file=sys.stderr)    # wipe the line
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Turns a mistake of the user (ValueError or OSError) and Ctrl-C into one line."""
+    """A Mistake ends the program with one line, and so does Ctrl-C. Other errors are tracebacks."""
     try:
         yield
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except Mistake as mistake:
+        print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: what is finished is kept; the same command goes on", file=sys.stderr)
+        print("stopped: what is finished is kept, and the same command goes on", file=sys.stderr)
         sys.exit(130)
