@@ -1,8 +1,8 @@
 """BayesPCN (Yoo & Wood, NeurIPS 2022, arXiv 2205.09930) as a memory, with one particle.
 
 The idea
-    The memory is a stack of four layers that generates theta from the top down: each layer predicts
-    the one below it.
+    The memory is a small network that generates theta from the top down. It has four layers of
+    activations, x^0 to x^3, and three weight matrices. Each layer predicts the one below it:
 
                      write                                   read
         x^3   [        ?        ]  searched       [        ?        ]  searched
@@ -13,18 +13,35 @@ The idea
                        | W_0                                | W_0
         x^0   [ key |   value   ]  known          [ key |     ?     ]  the key is known
 
-    A write is given theta, a read is given only the key. Both begin with the same search: which
-    hidden layers x^1, x^2, x^3 explain best what is known?
-        - A write then changes the weights W, so that these hidden layers explain theta even better.
+    A write is given theta, and a read only its key. Both begin with the same kind of search: which
+    values of the hidden layers x^1, x^2, x^3 explain best what is known?
+        - A write then learns from them as if they had been observed: it changes what the memory
+          believes about the weights, so that these hidden layers explain theta even better.
         - A read then lets x^1 predict the value.
-    A read succeeds if its search ends at the hidden layers at which the write has ended.
+    Why should the read find hidden layers like those of the write? The key has thousands of
+    elements, and x^1 has only 256. So hardly any x^1 predicts the key, but that of the write does,
+    and the search finds it, wherever it begins.
 
 What is Bayesian about it
-    Each prediction is a linear regression. We do not know its weights W_l, and we never fix them.
-    We keep a belief about them: a normal distribution, with a mean R_l and a covariance U_l. To
-    write is to observe one more example, and Bayes' rule says how an observation changes a belief.
-    So a write needs no learning rate. And old memories survive: in the directions in which the
-    memory has seen examples, the belief is firm, and a write changes it little.
+    Each prediction is a linear regression with weights W_l. The memory does not choose values for
+    them. It has a belief about them: a normal distribution with a mean R_l and a covariance U_l.
+    All that was ever written is in these beliefs, so the memory does not grow. Bayes' rule says how
+    an observation changes a belief: this needs no learning rate. And old memories survive. In the
+    directions of W_l about which the memory has learned something, the belief is certain, and a
+    write changes it little. Each write uses up about one of the 256 directions, so the memory can
+    hold about 256 thetas.
+
+The symbols
+    symbol      code            shape       meaning
+    P           dim                         the length of theta
+    H           self.H                      the width of a hidden layer, 256
+    x^0         x0              (P,)        theta; in a read, its first |k| elements, the key
+    x^1 ..      hidden, x[1] .. (H,)        the hidden layers
+    R_0, R_1 .. R[l]            (H, P), (H, H) ..       the mean of W_l
+    U_0, U_1 .. U[l]            (H, H)                  the covariance of each column of W_l
+    r, u        r, u            (H,), a number          mean and variance of w, at the top
+    s2          s2                          the variance of the noise, sigma_obs^2
+    d_l         d_0, H                      how many elements of x^l are known or hidden
 
 The model
     Regression l predicts x^l from z = GELU(x^(l+1)). All of these are row vectors:
@@ -32,38 +49,36 @@ The model
         x^l  ~  N(z W_l, s2 I)      where  W_l ~ MatrixNormal(R_l, U_l, I)      l = 0, 1, 2
         x^3  ~  N(w, s2 I)          where  w ~ N(r, u I)                        the top layer
 
-    MatrixNormal(R, U, I) means: every column of W_l is normal, with that column of R as its mean
-    and with U as its covariance. We average over the weights, because we do not know them. Then
-    what is left of each regression is its mean z R_l, and a variance v_l that has two parts, the
-    noise s2 and our doubt about W_l:
+    MatrixNormal(R, U, I) means: each column of W_l is normal, with the same column of R as its mean
+    and with U as its covariance. The weights are not known, so we average over them. After that,
+    x^l is normal with the mean z R_l. Its variance v_l has two parts, the noise and our doubt
+    about W_l:
 
         x^l  ~  N(z R_l, v_l I)     where  v_l = s2 + z U_l z^T
         x^3  ~  N(r, v_3 I)         where  v_3 = s2 + u
 
-    The energy E is minus the logarithm of the product of these probabilities. "To explain best"
-    means to minimise it:
+    The energy E is minus the logarithm of the product of these densities. "To explain best" means
+    to minimise it:
 
         E = 1/2 sum_(l=0,1,2) [ |x^l - z R_l|^2 / v_l + d_l log(2 pi v_l) ]
           + 1/2               [ |x^3 - r|^2     / v_3 + H   log(2 pi v_3) ]
 
-    symbol      code            shape       meaning
-    P           dim                         the length of theta
-    H           self.H                      the width of a hidden layer, 256
-    x^0         x0              (P,)        theta, or its first |k| elements, the key
-    x^1 ..      x[1] ..         (H,)        the hidden layers
-    R_l, U_l    R[l], U[l]      (H, d_l), (H, H)        the belief about W_l
-    r, u        r, u            (H,), a number          the belief about the top layer
-    s2          s2                          the variance of the noise, sigma_obs^2
-    d_l         d_0, H                      the number of elements of x^l that E counts
-
 Two ways to read
-    Only the key is known of x^0. What about the other elements of x^0, in E?
-        read=marginal   E leaves them out: d_0 = |k|. (Ours, and the default.)
-        read=joint      E is minimised over them, too. The best value for them is their prediction,
-                        so they add no error. But they still count: d_0 = P. (Yoo & Wood's.)
-    With `joint`, P log(v_0) outweighs everything else in E, and it is small if v_0 is small. That
-    takes a small z, and then z R_0 is too small: what is recalled points in the right direction,
-    but it is too short. On glyphs, its recall error is 0.31, and that of `marginal` is 0.05.
+    Only the key is known of x^0. What about the value, in E?
+        read=marginal   E leaves it out: d_0 = |k|. This is ours, and the default.
+        read=joint      E is minimised over the value, too. This is Yoo & Wood's. Then the value is
+                        equal to its prediction, and adds no squared error. But it is counted:
+                        d_0 = P.
+    What does joint recall? The term P log(v_0) wants a small v_0 = s2 + z U_0 z^T. At the z of a
+    write, z U_0 z^T is about s2, so a shorter z can make v_0 almost half as large. With P elements,
+    this gain outweighs the error in the key that a shorter z causes. So z ends too short, on glyphs
+    at 0.7 of its length, and what is recalled, z R_0, has the right direction but is too short,
+    too. There, the recall error of joint is 0.31, and that of marginal 0.05.
+
+What is not exact
+    The hidden layers are only the end of a search, and not a distribution over all possible ones.
+    (A particle is one such guess, with the beliefs that follow from it. Yoo & Wood can have many.)
+    And writes are not independent: a later one changes a little what an earlier one has learned.
 """
 import math
 
@@ -74,13 +89,16 @@ from data import Mistake
 
 
 class BayesPCN:
-    """A memory for vectors theta of `dim` elements, about as many as it has hidden units.
+    """A memory for about `hidden` vectors theta of `dim` elements.
 
-    From the paper (A.2) are the 4 layers, and, for reads, 500 steps of Adam with a learning rate of
-    0.01. For the rest, it refers to the defaults of Yoo & Wood. Ours are: 256 hidden units, the two
-    sigmas, the same search for writes and reads, a learning rate that falls during a search, and
-    that a search ends when E no longer changes. `seed` draws the prior, and where a search begins.
-    It has nothing to do with the seeds of til.py. Raises Mistake for an option out of range.
+    From the paper (A.2): 4 layers, and for reads, 500 steps of Adam with a learning rate of 0.01.
+    For the rest, the paper refers to the defaults of Yoo & Wood. We have not checked ours against
+    them: 256 hidden units, the two sigmas, the same search for a write, a learning rate that falls
+    during a search, and the end of a search when E hardly changes.
+
+    seed: for the random numbers of this class. It has nothing to do with the seeds of til.py.
+    trace: E at each step of the last search.
+    Raises Mistake for an option out of range.
     """
 
     def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01,
@@ -100,66 +118,66 @@ class BayesPCN:
         self.seed = seed
         self.s2 = sigma_obs ** 2
         self.n_written = 0
-        # The belief before the first write. It is float64, because a write adds 1 / s2, which is
-        # 10,000, to a precision that begins at 1. The means are small random numbers: if R_0 were
-        # zero, no hidden layers could explain theta better than others.
-        widths = [dim] + [hidden] * (layers - 2)                                # d_l
-        self.R = [self.noise(l, hidden, d) for l, d in enumerate(widths)]       # (H, d_l)
-        self.U = [sigma_prior ** 2 * torch.eye(hidden).double() for _ in widths]     # (H, H)
-        self.r = self.noise(layers - 1, 1, hidden)[0]                           # (H,)
+        # The belief before the first write. R is random: if R_0 were zero, all hidden layers would
+        # explain theta equally well. All is float64, because the variances in U become very small.
+        widths = [dim] + [hidden] * (layers - 2)                            # of x^0, x^1, x^2
+        self.R = [self.noise(l, hidden, width) for l, width in enumerate(widths)]
+        self.U = [sigma_prior ** 2 * torch.eye(hidden, dtype=torch.float64) for _ in widths]
+        self.r = self.noise(layers - 1, 1, hidden)[0]
         self.u = sigma_prior ** 2
 
     def write(self, key, value):
         """Stores theta = key (+) value."""
         theta = torch.cat([key, value]).double()                    # (P,)
-        hidden = self.search(theta, self.dim, self.layers + 1 + self.n_written)
+        hidden = self.search(theta, self.dim, stream=self.layers + 1 + self.n_written)
         self.update([theta, *hidden])
 
     def read(self, key):
         """The key (|k|,) -> theta_hat (P,)."""
         d_0 = len(key) if self.read_mode == "marginal" else self.dim
-        hidden = self.search(key.double(), d_0, self.layers)
-        value = gelu(hidden[0]) @ self.R[0][:, len(key):]           # what x^1 predicts: z R_0
+        hidden = self.search(key.double(), d_0, stream=self.layers)
+        x1 = hidden[0]
+        value = gelu(x1) @ self.R[0][:, len(key):]                  # the prediction z R_0
         return torch.cat([key, value.to(key.dtype)])
 
     # ---- how an observation changes the belief: Bayes' rule ------------------------------------
     def update(self, x):
-        """The belief after one observation of all layers, x = [x^0 (P,), x^1 (H,), ..]."""
+        """Changes the belief after one observation of all layers, x = [x^0 (P,), x^1 (H,), ..]."""
         for l in range(self.layers - 1):
             self.regress(l, gelu(x[l + 1]), x[l])
-        # At the top: precisions (1 / variance) add up, and the mean is weighted by them.
+        # At the top, precisions (1 / variance) add up, and the new mean is weighted by them.
         u = 1 / (1 / self.u + 1 / self.s2)
         self.r = u * (self.r / self.u + x[-1] / self.s2)
         self.u = u
         self.n_written += 1
 
     def regress(self, l, z, y):
-        """Bayesian linear regression: the belief about W_l after one example y = z W_l + noise.
+        """Bayesian linear regression: changes the belief about W_l after y = z W_l + noise.
 
-        The precision U_l^-1 grows by outer(z, z) / s2. By the formula of Sherman and Morrison, U_l
-        itself then changes by a matrix of rank one, so that no matrix has to be inverted.
+        The precision U_l^-1 grows by outer(z, z) / s2. The formula of Sherman and Morrison says how
+        U_l changes then, without an inverse. (The gain is that of a Kalman filter.)
         """
-        R, U = self.R[l], self.U[l]
+        R = self.R[l]
+        U = self.U[l]
         Uz = U @ z                                                  # (H,)
         gain = Uz / (self.s2 + z @ Uz)                              # (H,)
-        error = y - z @ R                                           # (d_l,)
+        error = y - z @ R                                           # of the prediction
         R.addr_(gain, error)                                        # R += outer(gain, error)
         U.addr_(gain, Uz, alpha=-1)                                 # U -= outer(gain, Uz)
 
     # ---- how the hidden layers are found: gradient descent on E --------------------------------
-    @torch.enable_grad()
     def search(self, x0, d_0, stream):
-        """The hidden layers (3, H) that explain x0 best. x0 is theta (P,) or a key (|k|,).
+        """The hidden layers (3, H) at a minimum of E, in the order x^1, x^2, x^3.
 
-        `trace` then lists E at each step.
+        x0 is theta (P,), or a key (|k|,). The search begins at the random numbers of `stream`.
         """
         hidden = self.noise(stream, self.layers - 1, self.H).requires_grad_()
         error_0 = self.squared_error(x0)
         adam = torch.optim.Adam([hidden], self.lr)
-        # With a constant learning rate, E would jump about its minimum for ever.
+        # With a constant learning rate, E would jump around its minimum and never settle.
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, self.decay)
         self.trace = []
-        # The matrices are small, so more threads would only wait for each other.
+        # The matrices are small: with more threads, most of the time would be spent on waiting.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         for step in range(self.steps):
@@ -168,7 +186,7 @@ class BayesPCN:
             if step > 0 and abs(self.trace[-1] - self.trace[-2]) < 1e-3:
                 break
             adam.zero_grad()
-            E.backward()                        # the gradient for the hidden layers
+            E.backward()                        # with respect to the hidden layers
             adam.step()
             schedule.step()
         torch.set_num_threads(threads)
@@ -179,13 +197,13 @@ class BayesPCN:
         return min(1, (1 - step / self.steps) / 0.7)
 
     def energy(self, hidden, error_0, d_0):
-        """E for the hidden layers x^1, x^2, x^3 (3, H), from the top down.
+        """E for the hidden layers x^1, x^2, x^3 (3, H). The sum begins at the top layer.
 
-        error_0(z) is |x^0 - z R_0|^2, and d_0 the number of elements of x^0 that count.
+        error_0(z) is |x^0 - z R_0|^2, and d_0 says how many elements of x^0 are counted.
         """
         x = [None, *hidden]                                         # so x[l] is x^l
         top = self.layers - 1
-        v = torch.tensor(self.s2 + self.u, dtype=torch.float64)
+        v = torch.tensor(self.s2 + self.u, dtype=torch.float64)     # a tensor, for torch.log
         E = minus_log_normal((x[top] - self.r).square().sum(), v, self.H)
         for l in reversed(range(top)):                              # x^(l+1) predicts x^l
             z = gelu(x[l + 1])
@@ -198,20 +216,22 @@ class BayesPCN:
         return E
 
     def squared_error(self, x0):
-        """The function z -> |x0 - z R|^2, where R are the columns of R_0 that predict x0.
+        """Makes the function z -> |x0 - z R|^2, where R are the columns of R_0 that predict x0.
 
-        Multiplied out, it is x0 x0^T - 2 z R x0^T + z R R^T z^T. What does not depend on z is
-        computed once for a whole search. So a step takes O(H^2) operations, and not O(H |x0|).
+        Speed: multiplied out, this is x0 x0^T - 2 z R x0^T + z R R^T z^T. What does not depend on z
+        is computed once for a whole search. So a step takes O(H^2) operations, not O(H |x0|).
         """
         R = self.R[0][:, :len(x0)]
-        x0_x0, R_x0, R_R = x0 @ x0, R @ x0, R @ R.T
+        x0_x0 = x0 @ x0
+        R_x0 = R @ x0                                               # (H,)
+        R_R = R @ R.T                                               # (H, H)
         return lambda z: x0_x0 - 2 * z @ R_x0 + z @ R_R @ z
 
     def noise(self, stream, rows, width):
-        """Random numbers (rows, width) of variance 1 / width, the same for the same stream.
+        """Random numbers (rows, width), so that a row has a length of about 1.
 
-        Streams 0 to 3 are for the prior of each layer, 4 for where every read begins, and from 5 on
-        for where each write begins.
+        Each stream has its own numbers. With 4 layers, 0 to 3 are for the first belief about each
+        layer, all reads begin at those of 4, and write n = 0, 1, .. begins at those of 5 + n.
         """
         generator = torch.Generator().manual_seed(100_003 * self.seed + stream)
         x = torch.randn(rows, width, generator=generator)

@@ -26,39 +26,39 @@ from PIL import Image, ImageOps             # Pillow comes with torchvision
 
 
 class Images(NamedTuple):
-    """One half of a data set: the images to train on, or those to test on."""
+    """A part of a data set: the images to train on, or those to test on."""
     images: torch.Tensor                    # uint8 (N, 3, h, w), RGB
     labels: torch.Tensor                    # int64 (N,), index into classes
     classes: list                           # the names of the classes
 
 
 class Mistake(Exception):
-    """A mistake of the user, such as a wrong option. The program ends with this one line."""
+    """A mistake of the user, such as a wrong option. The program ends with it, in one line."""
 
 
 def load(name, data_dir):
-    """The two halves (train, test) of the data set `name`. Raises Mistake if it cannot be had."""
+    """The two parts (train, test) of the data set `name`. Raises Mistake if it cannot be loaded."""
     return LOADERS[name](Path(data_dir))
 
 
 # ---- the paper's data sets ---------------------------------------------------------------------
 def cifar100(data_dir):
-    """CIFAR-100 (Krizhevsky, 2009): 100 classes, 32 x 32 pixels, 500 + 100 images of each."""
+    """CIFAR-100 (Krizhevsky, 2009): 100 classes of 500 + 100 images, 32 x 32 pixels."""
     from torchvision.datasets import CIFAR100           # here, because this import takes 2 seconds
-    halves = []
+    parts = []
     for train in (True, False):
         with downloading(data_dir):
-            half = CIFAR100(data_dir, train=train, download=True)   # it checks the files' md5 sums
-        images = torch.from_numpy(half.data).permute(0, 3, 1, 2)    # (N, 3, 32, 32)
-        halves.append(Images(images.contiguous(), torch.tensor(half.targets), half.classes))
-    return halves
+            part = CIFAR100(data_dir, train=train, download=True)   # it checks the files' md5 sums
+        images = torch.from_numpy(part.data).permute(0, 3, 1, 2)    # (N, 3, 32, 32)
+        parts.append(Images(images.contiguous(), torch.tensor(part.targets), part.classes))
+    return parts
 
 
 def tinyimagenet(data_dir):
-    """TinyImageNet (Le & Yang, 2015): 200 classes, 64 x 64 pixels, 500 + 50 images of each.
+    """TinyImageNet (Le & Yang, 2015): 200 classes of 500 + 50 images, 64 x 64 pixels.
 
-    The labels of its test half were never published. So we test on its val half, as others do. To
-    decode 110,000 files takes a minute, so the result is kept in a file.
+    The labels of its test images were never published, so we test on its val images. To decode
+    110,000 files takes a minute, so the result is kept in a file.
     """
     from torchvision.datasets.utils import download_and_extract_archive
     cache = data_dir / "tiny-imagenet-200.pt"
@@ -75,20 +75,23 @@ def tinyimagenet(data_dir):
 
 
 def decode_tinyimagenet(root, n_train=500, n_val=50):
-    """{"train": .., "val": ..} from the official folder, with so many images of each class."""
+    """{"train": .., "val": ..} from the official folder.
+
+    n_train and n_val are the numbers of images of each class.
+    """
     wnids = (root / "wnids.txt").read_text().split()                # WordNet's names of the classes
     words = (root / "words.txt").read_text().splitlines()
     english = dict(line.split("\t") for line in words)
-    halves = list_tinyimagenet(root, wnids)
-    for half, n in (("train", n_train), ("val", n_val)):            # before a minute of decoding
-        found = [wnid for path, wnid in halves[half] if path.exists()]
+    parts = list_tinyimagenet(root, wnids)
+    for name, n in (("train", n_train), ("val", n_val)):
+        found = [wnid for path, wnid in parts[name] if path.exists()]
         if sorted(found) != sorted(n * wnids):
-            raise Mistake(f"{root / half} should hold {n} images of each of {len(wnids)} classes, "
+            raise Mistake(f"{root / name} should hold {n} images of each of {len(wnids)} classes, "
                           f"but holds {len(found)} images: unpack the official archive again")
     content = {}
-    for half, files in halves.items():
-        images = [picture(path, 64) for path, _ in progress(files, f"decoding {half} image")]
-        content[half] = {
+    for name, files in parts.items():
+        images = [picture(path, 64) for path, _ in progress(files, f"decoding {name} image")]
+        content[name] = {
             "images": torch.stack(images),
             "labels": torch.tensor([wnids.index(wnid) for _, wnid in files]),
             "classes": [english[wnid].split(",")[0] for wnid in wnids]}
@@ -96,11 +99,11 @@ def decode_tinyimagenet(root, n_train=500, n_val=50):
 
 
 def list_tinyimagenet(root, wnids):
-    """The files of both halves, as lists of pairs (path, wnid of the class)."""
+    """The files of both parts, as lists of pairs (path, wnid of the class)."""
     # Sorted, because the order in which a disk lists its files differs between computers.
     train = [(path, wnid) for wnid in wnids
              for path in sorted(root.glob(f"train/{wnid}/**/[!.]*.JPEG"))]
-    # All val images lie in one folder. This file knows their classes: name, class, a bounding box.
+    # All val images lie in one folder. This file lists their names, classes and bounding boxes.
     annotations = (root / "val/val_annotations.txt").read_text().splitlines()
     rows = [line.split() for line in sorted(annotations)]
     val = [(root / "val/images" / name, wnid) for name, wnid, *_ in rows]
@@ -109,19 +112,19 @@ def list_tinyimagenet(root, wnids):
 
 @contextlib.contextmanager
 def downloading(data_dir):
-    """What torchvision raises when it cannot download, as a Mistake."""
+    """Turns the errors that torchvision raises when it cannot download into a Mistake."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        raise Mistake(f"cannot download to {data_dir} ({error}): this needs a network, once. If "
-                      "there is an archive that was cut short, remove it") from error
+        raise Mistake(f"cannot download to {data_dir} ({error}): this needs a network, but only "
+                      "once. If there is an archive that was cut short, remove it") from error
 
 
 # ---- pictures of your own ----------------------------------------------------------------------
 def folder(data_dir):
-    """Your own pictures: data_dir/train/<class>/<picture>, and data_dir/test/ or val/ alike.
+    """Your own pictures: data_dir/train/<class>/<picture>, and the same in test/ or in val/.
 
-    They are cut to central squares of 224 x 224 pixels.
+    Their central squares are used, with 224 x 224 pixels.
     """
     train = data_dir / "train"
     test = data_dir / "test"
@@ -133,33 +136,35 @@ def folder(data_dir):
         different = sorted({*classes} ^ {*class_names(test)})
         raise Mistake(f"{train} and {test} should have the same classes, but only one of them has "
                       f"{', '.join(different)}")
-    halves = []
-    for half in (train, test):
-        files = [list_pictures(half / name) for name in classes]
-        paths = sum(files, [])
-        images = [picture(path, 224) for path in progress(paths, f"decoding {half}")]
-        labels = [label for label, of_class in enumerate(files) for _ in of_class]
-        halves.append(Images(torch.stack(images), torch.tensor(labels), classes))
-    return halves
+    parts = []
+    for root in (train, test):
+        files = [list_pictures(root / name) for name in classes]
+        images = []
+        labels = []
+        for label, of_class in enumerate(progress(files, f"decoding {root}, class")):
+            images += [picture(path, 224) for path in of_class]
+            labels += [label] * len(of_class)
+        parts.append(Images(torch.stack(images), torch.tensor(labels), classes))
+    return parts
 
 
-def class_names(half):
-    """The names of the folders in `half`, one for each class."""
-    if not half.is_dir():
-        raise Mistake(f"there is no folder {half}: expected {half}/<class>/<picture>")
-    folders = sorted(path for path in half.iterdir() if path.is_dir())
-    # Such as .ipynb_checkpoints, @eaDir and __MACOSX: systems and editors leave them behind.
+def class_names(root):
+    """The names of the folders in `root`, one for each class."""
+    if not root.is_dir():
+        raise Mistake(f"there is no folder {root}: expected {root}/<class>/<picture>")
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    # Systems and editors leave such folders behind: .ipynb_checkpoints, @eaDir, __MACOSX.
     hidden = [path.name for path in folders if path.name.startswith((".", "@", "__"))]
     if hidden:
-        print(f"{half}: left out, as hidden folders: {', '.join(hidden)}")
+        print(f"{root}: left out, as hidden folders: {', '.join(hidden)}")
     names = [path.name for path in folders if path.name not in hidden]
     if not names:
-        raise Mistake(f"{half} should hold a folder for each class, but holds none")
+        raise Mistake(f"{root} should hold a folder for each class, but holds none")
     return names
 
 
 def list_pictures(of_class):
-    """The picture files in the folder of a class. It says which other files there are."""
+    """The picture files in the folder of a class. It prints which other files it leaves out."""
     readable = {suffix for suffix, kind in Image.registered_extensions().items()
                 if kind in Image.OPEN}
     files = sorted(of_class.iterdir())
@@ -176,14 +181,14 @@ def list_pictures(of_class):
 def picture(path, size):
     """The central square of a picture file, as uint8 (3, size, size), RGB.
 
-    It is turned upright, as it was taken, and transparent parts become white. Raises Mistake if the
-    file cannot be read, or has more than 8 bits for a colour.
+    It is turned upright, as its EXIF data says, and transparent parts become white. Raises Mistake
+    if the file cannot be read, or has more than 8 bits for a colour.
     """
     try:
         image = ImageOps.exif_transpose(Image.open(path))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Mistake(f"cannot read {path} as a picture: {error}") from error
-    if image.mode[0] in "IF":
+    if image.mode.startswith(("I", "F")):           # integers or floats: I, I;16, F
         raise Mistake(f"{path} has more than 8 bits for a colour: save it with 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -193,45 +198,45 @@ def picture(path, size):
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
-# ---- glyphs ------------------------------------------------------------------------------------
+# ---- glyphs: you can skip how they are drawn ---------------------------------------------------
 def glyphs(data_dir, n_train=22, n_test=8):
-    """100 classes of 64 x 64 pictures: each is a figure of two strokes and their mirror images.
+    """100 classes of 64 x 64 pictures. A glyph is a drawing of two strokes and their mirror images.
 
-    Mirrored, so that a flip, with which the modulations are trained, does not change the class.
-    n_train was chosen on --validate: on average, none and wrong are 15 and 10 points or more below
-    FAA.
+    Training mirrors images, and that must not change their class. A data set without a difference
+    between the modulations and the controls would teach us nothing. So n_train was chosen, on
+    --validate, such that `none` is at least 15 points below FAA, and `wrong` at least 10.
     """
     classes = [f"glyph {label:02d}" for label in range(100)]
-    halves = []
-    for half, n in enumerate((n_train, n_test)):
-        images = [draw_class(label, half, n) for label in range(100)]
+    parts = []
+    for part, n in enumerate((n_train, n_test)):
+        images = [draw_class(label, part, n) for label in range(100)]
         labels = torch.arange(100).repeat_interleave(n)
-        halves.append(Images(torch.cat(images), labels, classes))
-    return halves
+        parts.append(Images(torch.cat(images), labels, classes))
+    return parts
 
 
-def draw_class(label, half, n):
-    """n samples of a class, each distorted, uint8 (n, 3, 64, 64); half: 0 to train, 1 to test."""
+def draw_class(label, part, n):
+    """n samples of a class, each distorted, uint8 (n, 3, 64, 64); part: 0 to train, 1 to test."""
     strokes = random_strokes(np.random.default_rng([0, label]), 2)          # (2, 2, 2)
     mirrored = strokes * np.float32((-1, 1))
-    figure = np.concatenate([strokes, mirrored])[:, None]                   # (4, 1, 2, 2)
-    rng = np.random.default_rng([1 + half, label])
+    glyph = np.concatenate([strokes, mirrored])[:, None]                    # (4, 1, 2, 2)
+    rng = np.random.default_rng([1 + part, label])
 
-    # The inverse of the distortion takes each pixel to a place in the undistorted figure.
+    # For each pixel (x, y), (u, v) is the matching place in the drawing before it was distorted.
     angle, scale, shear, dx, dy = 0.05 * rng.uniform(-1, 1, (n, 5)).T[..., None]        # (n, 1)
     cos, sin = np.cos(2 * angle), np.sin(2 * angle)                         # up to 0.1 rad
     y, x = np.mgrid[-1:1:64j, -1:1:64j].reshape(2, 1, -1).astype(np.float32)            # (1, 4096)
     u = (1.05 + scale) * (cos * x - sin * y) + dx                           # (n, 4096)
     v = (1.05 + scale) * (sin * x + cos * y) + dy + shear * u
-    ink = coverage(u, v, figure, rng.uniform(0.08, 0.13, (n, 1)))           # (n, 4096)
+    ink = coverage(u, v, glyph, rng.uniform(0.08, 0.13, (n, 1)))            # (n, 4096)
 
-    # Thin strokes here and there, which mean nothing.
-    clutter = [1.3 * random_strokes(rng, n) for _ in range(5)]              # 5 for each image
-    dirt = 0.6 * coverage(x, y, clutter, rng.uniform(0.02, 0.05, (n, 1)))   # (n, 4096)
-    background, dirt_colour, ink_colour = rng.random((3, n, 3, 1))
+    # Clutter: five thin random strokes in each image.
+    strokes = [1.3 * random_strokes(rng, n) for _ in range(5)]
+    clutter = 0.6 * coverage(x, y, strokes, rng.uniform(0.02, 0.05, (n, 1)))            # (n, 4096)
+    background, clutter_colour, ink_colour = rng.random((3, n, 3, 1))
     background = 0.4 * background                                           # dark
     ink_colour = 0.6 + 0.4 * ink_colour                                     # light
-    image = background + dirt[:, None] * (dirt_colour - background)         # (n, 3, 4096)
+    image = background + clutter[:, None] * (clutter_colour - background)   # (n, 3, 4096)
     image += ink[:, None] * (ink_colour - image)
     image += 0.05 * rng.standard_normal(image.shape, np.float32)            # a camera's noise
     pixels = (255 * image.clip(0, 1)).astype(np.uint8)
@@ -239,26 +244,28 @@ def draw_class(label, half, n):
 
 
 def random_strokes(rng, n):
-    """n segments (n, 2, 2), [segment, end, xy], between points of a 4 x 4 grid."""
+    """n strokes (n, 2, 2), [stroke, end, xy], between points of a 4 x 4 grid in [-0.75, 0.75]."""
     ends = np.array([rng.choice(16, 2, replace=False) for _ in range(n)])   # (n, 2)
     places = np.stack([ends % 4, ends // 4], axis=-1)                       # (n, 2, 2)
     return (0.5 * places - 0.75).astype(np.float32)
 
 
 def coverage(x, y, strokes, thickness):
-    """How much the nearest of strokes, (1 or n, 2, 2) each, covers points (n, p), in [0, 1]."""
+    """How much the nearest of the strokes covers points (x, y), (n, p), as numbers in [0, 1].
+
+    Each of the strokes is (1 or n, 2, 2), [sample, end, xy]; thickness is (n, 1).
+    """
     nearest = np.inf                                                        # distance, squared
     for stroke in strokes:
-        # The two ends, each [xy, sample, 1], of shape (2, 1 or n, 1).
-        a, b = stroke.transpose(1, 2, 0)[..., None]
+        a, b = stroke.transpose(1, 2, 0)[..., None]                         # ends, (2, 1 or n, 1)
         dx, dy = b - a
         px, py = x - a[0], y - a[1]
         along = (px * dx + py * dy) / (dx ** 2 + dy ** 2)
         along = along.clip(0, 1)                                            # 0 at a, 1 at b
         squared = (px - along * dx) ** 2 + (py - along * dy) ** 2
         nearest = np.minimum(nearest, squared)
-    blurred = (thickness - np.sqrt(nearest)) / 0.03 + 0.5
-    return blurred.clip(0, 1).astype(np.float32)
+    soft_edge = (thickness - np.sqrt(nearest)) / 0.03 + 0.5
+    return soft_edge.clip(0, 1).astype(np.float32)
 
 
 LOADERS = {
@@ -281,31 +288,31 @@ def split(n_classes, n_tasks, seed):
     return order.reshape(n_tasks, -1).tolist()
 
 
-def task_labels(half, tasks):
+def task_labels(part, tasks):
     """For each image, its task (N,) and its label within the task (N,), both counted from 0.
 
-    The label is -1 if the image is in none of the tasks.
+    Both are -1 if the image is in none of the tasks.
     """
-    task_of = torch.full((len(half.classes),), -1)
-    label_of = torch.full((len(half.classes),), -1)
+    task_of = torch.full((len(part.classes),), -1)
+    label_of = torch.full((len(part.classes),), -1)
     for t, classes in enumerate(tasks):
         task_of[classes] = t
         label_of[classes] = torch.arange(len(classes))
-    return task_of[half.labels], label_of[half.labels]
+    return task_of[part.labels], label_of[part.labels]
 
 
-def task(half, classes):
+def task(part, classes):
     """D_t: the images of these classes (n, 3, h, w), and their labels (n,) within the task."""
-    _, labels = task_labels(half, [classes])
+    _, labels = task_labels(part, [classes])
     inside = labels >= 0
-    return half.images[inside], labels[inside]
+    return part.images[inside], labels[inside]
 
 
 def hold_out(train):
     """(train, test) from training images alone: every tenth image of a class is for testing.
 
-    Use it to choose learning rates and the like. To choose them on test images would flatter the
-    result.
+    Use these to choose learning rates and the like. If you choose them on the test images, the
+    results look better than they are.
     """
     held = torch.zeros(len(train.labels), dtype=torch.bool)
     for label, name in enumerate(train.classes):
@@ -313,15 +320,14 @@ def hold_out(train):
         if len(places) < 2:
             raise Mistake(f"--validate needs two or more training images of {name}")
         held[places[::10]] = True
-    return [train._replace(images=train.images[part], labels=train.labels[part])
-            for part in (~held, held)]
+    return [train._replace(images=train.images[chosen], labels=train.labels[chosen])
+            for chosen in (~held, held)]
 
 
 def generator(*numbers):
     """A generator of random numbers, another one for each combination, such as (seed, task).
 
-    Why not a generator for seed + task? Then task 2 of seed 0 would draw the same numbers as task 1
-    of seed 1.
+    With seed + task in its place, task 2 of seed 0 and task 1 of seed 1 would draw the same.
     """
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
@@ -329,9 +335,9 @@ def generator(*numbers):
 
 # ---- files -------------------------------------------------------------------------------------
 def save(path, content):
-    """Writes JSON or, for another suffix than .json, by torch.save."""
-    # First beside `path`, then renamed: so nobody ever finds half a file. The number of the process
-    # is in the name, because another command may write the same file.
+    """Writes JSON if the path ends in .json, and otherwise what torch.save writes."""
+    # First beside `path`, then renamed: so nobody ever finds half a file. Another command may write
+    # the same file, so the number of the process is in the name.
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -356,11 +362,11 @@ def read(path):
             raise ValueError(f"the check sum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:              # of many kinds: it depends on where the damage is
-        raise Mistake(f"{path} is damaged ({error}): remove it, and it is made anew") from error
+        raise Mistake(f"{path} is damaged ({error}): if you remove it, it is made anew") from error
 
 
 def digest(*parts):
-    """Eight hex digits that stand for tensors, and for values that can be written as JSON."""
+    """A short hash, eight hex digits, of tensors and of values that can be written as JSON."""
     sha = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):
@@ -371,10 +377,7 @@ def digest(*parts):
 
 
 def digest_of_code(name):
-    """Eight hex digits that stand for the code of a file beside this one.
-
-    Comments, docstrings and layout do not count, so you can change these freely.
-    """
+    """A short hash of the code of a file beside this one, without comments and docstrings."""
     tree = ast.parse(Path(__file__).with_name(name).read_text("utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):

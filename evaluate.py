@@ -1,4 +1,4 @@
-"""Metrics (paper, section 4), the `linear` control, tables of results, and the memories alone.
+"""Metrics (paper, section 4), the control `linear`, tables, and a benchmark of the memories.
 
     python evaluate.py runs                 # tables: mean and standard deviation over the seeds
     python evaluate.py bench                # time, size and recall error of the memories
@@ -17,22 +17,22 @@ import torch.nn.functional as F
 
 import data
 import lora
-import vit as substrate
+import vit
 
 
 # ---- metrics -----------------------------------------------------------------------------------
 def faa(accuracies):
-    """Final average accuracy, (1 / T) sum_t A_(T, t) (section 4). Every task counts the same."""
+    """Final average accuracy (section 4): the mean of the accuracies on all T tasks."""
     return statistics.fmean(accuracies)
 
 
 def percent(hits):
-    """How many of hits (n,), bool, are True, in percent."""
+    """The share of True in hits (n,), in percent."""
     return 100 * hits.double().mean().item()
 
 
 def recall_error(theta_hat, theta):
-    """|theta_hat - theta| / |theta| of the values alone: a read returns the key as it was given."""
+    """|theta_hat - theta| / |theta|, both without their key, which a read need not recall."""
     _, recalled = lora.split_key(theta_hat)
     _, value = lora.split_key(theta)
     return ((recalled - value).norm() / value.norm()).item()
@@ -42,8 +42,8 @@ def recall_error(theta_hat, theta):
 def make_memory(text, dim):
     """An empty memory from NAME[:OPTION=VALUE,..]: the class NAME of NAME.py, in any letter case.
 
-    There is no list of memories: a file beside this one is enough. dim is the length of theta.
-    Raises Mistake if there is no such memory or option.
+    "bayespcn:read=joint" is BayesPCN(dim, read="joint") of bayespcn.py, where dim is the length of
+    theta. Raises Mistake if there is no such memory or option.
     """
     name, _, options = text.partition(":")
     if not name.isidentifier() or not Path(__file__).with_name(f"{name}.py").exists():
@@ -61,12 +61,12 @@ def make_memory(text, dim):
         if option not in defaults:
             raise data.Mistake(f"--memory {text}: {name} has no option {option}")
         given[option] = parse_option(pair, value, defaults[option])
-    torch.manual_seed(0)                    # in case that a memory draws random numbers
+    torch.manual_seed(0)                    # a memory may draw random numbers: always the same
     return memory(dim, **given)
 
 
 def parse_option(pair, text, default):
-    """The value of an option: a number, a word, True or False, of the kind that its default is."""
+    """The value of an option, which must have the type of its default."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -78,20 +78,20 @@ def parse_option(pair, text, default):
     return value
 
 
-# ---- a control: what is possible without a modulation? -----------------------------------------
+# ---- the control `linear`: what is possible without a modulation? ------------------------------
 @torch.no_grad()
 def linear_heads(net, train, tasks):
-    """For each task, a head for the class tokens of the unmodulated ViT, made without a memory.
+    """For each task, a head for the class tokens of the unmodulated ViT.
 
-    It is logistic regression. So it shows what the frozen ViT knows already.
+    It is trained by logistic regression, and shows what the frozen ViT can do already.
     """
     net.theta.zero_()
     heads = []
     for classes in data.progress(tasks, "linear heads, task"):
         images, labels = data.task(train, classes)
-        tokens = substrate.features(net, images).cpu().double()
+        tokens = vit.features(net, images).cpu().double()
         weight, bias = logistic_regression(tokens, labels, len(classes))
-        head = nn.Linear(*weight.T.shape, device=net.theta.device)
+        head = nn.Linear(tokens.shape[1], len(classes), device=net.theta.device)
         head.load_state_dict({"weight": weight, "bias": bias})
         heads.append(head)
     return heads
@@ -101,17 +101,15 @@ def linear_heads(net, train, tasks):
 def logistic_regression(x, y, n_classes, penalty=0.03):
     """Weights (n_classes, d) and biases (n_classes,) that predict y (n,) from x (n, d).
 
-    They minimise cross-entropy + penalty / 2 |W|^2, on x after it was standardised. The penalty was
-    chosen on --validate.
+    They minimise cross-entropy + penalty / 2 |W|^2, where W is for the features z: these are x,
+    standardised, so that the penalty treats them all alike. It was chosen on --validate.
     """
-    # Standardised, so that the penalty treats all features alike.
     mean = x.mean(0)
     std = x.std(0) + 1e-6
     z = (x - mean) / std
     W = torch.zeros(n_classes, x.shape[1], dtype=x.dtype, requires_grad=True)
     b = torch.zeros(n_classes, dtype=x.dtype, requires_grad=True)
-    # The loss is convex, so LBFGS finds its minimum. There is no learning rate to choose, and no
-    # number of epochs, which could be too small and make the modulations look good.
+    # The loss is convex, and LBFGS finds its minimum.
     lbfgs = torch.optim.LBFGS([W, b], max_iter=1000, line_search_fn="strong_wolfe")
 
     def closure():
@@ -120,30 +118,30 @@ def logistic_regression(x, y, n_classes, penalty=0.03):
         loss.backward()
         return loss
     lbfgs.step(closure)
-    # W z + b = (W / std) x + b - (W / std) mean: now for features as they are.
+    # W z + b is (W / std) x + b - (W / std) mean.
     W = W.detach() / std
     return W, b.detach() - W @ mean
 
 
 # ---- tables ------------------------------------------------------------------------------------
 # The paper's Tables 1 and A1: {command: {row: {heading: cell}}}.
-PAPER = data.read(Path(__file__).parent / "results/paper.json")
-# What the columns mean. Their headings are the names of the figures in the JSON files. A new figure
-# needs no line here, but its reader will be glad of one.
+PAPER = json.loads((Path(__file__).parent / "results/paper.json").read_text("utf-8"))
+# What the columns mean. Their headings are the names of the "figures" in the results, so a new
+# column needs no line here. But explain it.
 LEGEND = {
     "Task Acc": "images whose task is predicted right, in percent",
-    "FAA_GT": "final average accuracy over the tasks, in percent, with the task known and the "
+    "FAA_GT": "accuracy in percent, averaged over the tasks, with the task known and the "
               "modulations as they were trained (ground truth)",
-    "FAA(M)": "the same, with the modulations that the memory M recalls",
-    "local": "the same, with the predicted task and the modulation that the memory M recalls. The "
-             "number of the class within its task must be right",
-    "D(M)": "what is lost: FAA_GT - FAA(M), and in MTS FAA_GT - local",
+    "FAA(M)": "accuracy with the task known and the modulations that the memory M recalls",
+    "local": "accuracy with the predicted task and the modulations that the memory M recalls. The "
+             "number of the class within its task must be right, but not the task",
+    "D(M)": "what recall costs: FAA_GT - FAA(M). In MTS, it is FAA_GT - local",
     "strict": "as local, but the task must be right, too",
-    "error": "of recall, |theta_hat - theta| / |theta|, without the key",
-    "linear": "control: no modulation, but a head that was made for that, by logistic regression",
-    "mean": "control: the mean of all modulations",
-    "wrong": "control: the modulation of another task, the one before",
-    "none": "control: no modulation",
+    "error": "recall error |theta_hat - theta| / |theta|, without the key",
+    "linear": "control: no modulation, and a head that is trained for that, by logistic regression",
+    "mean": "control: the mean of all modulations, with the head of the task",
+    "wrong": "control: the modulation of the task before, with the head of the task",
+    "none": "control: no modulation, with the head of the task",
 }
 
 
@@ -164,7 +162,7 @@ def tables(results):
 
 
 def table(command, results):
-    """The lines of one table. A row is the mean of all results that differ in the seed alone."""
+    """The lines of one table. A row is the mean of all results that differ only in the seed."""
     rows = {}                               # {(name of the row, digest): [result of each seed]}
     for result in sorted(results, key=lambda result: result["seed"]):
         rows.setdefault((result["row"], result["digest"]), []).append(result)
@@ -172,13 +170,13 @@ def table(command, results):
     lines = [f"| M | seeds | {' | '.join(headings)} |", "|---" * (2 + len(headings)) + "|"]
     paper = dict(PAPER.get(command, {}))
     for (name, digest), runs in sorted(rows.items()):
-        # A digest means nothing to a reader. It is shown only if rows should not be compared.
+        # The digest is shown if this row should not be compared with another one.
         shown = f"`{name}`"
         if any(clash(runs[0], result) for result in results):
             shown = f"`{name} ({digest})`"
         cells = [cell(heading, runs) for heading in headings]
         lines.append(f"| {shown} | {seeds_of(runs)} | {' | '.join(cells)} |")
-        # The paper's figures stand once, below the first row of this name.
+        # The paper's figures are printed once, below the first row of this name.
         figures = paper.pop(name, None)
         if figures:
             cells = [figures.get(heading, "") for heading in headings]
@@ -196,7 +194,10 @@ def seeds_of(runs):
 
 
 def clash(a, b):
-    """Whether two results come from different code, or two of the same name from different data."""
+    """True if two results should not be compared.
+
+    They have used different versions of a file, or they have the same name but other data or code.
+    """
     shared = a["code"].keys() & b["code"].keys()
     other_code = any(a["code"][name] != b["code"][name] for name in shared)
     return other_code or (a["row"] == b["row"] and a["digest"] != b["digest"])
@@ -206,7 +207,7 @@ def cell(heading, runs):
     """The mean over the seeds, and the sample standard deviation if there are several."""
     values = [run["figures"].get(heading) for run in runs]
     if None in values:
-        return "–"                          # a figure that is newer than the result
+        return "–"                          # an old result, from before this column existed
     digits = 4 if heading == "error" else 2
     text = f"{statistics.fmean(values):.{digits}f}"
     if len(values) > 1:
@@ -246,14 +247,14 @@ def results_in(file):
             if isinstance(entry, dict) and "row" in entry and "figures" in entry]
 
 
-# ---- the memories alone ------------------------------------------------------------------------
+# ---- a benchmark of the memories, on random numbers --------------------------------------------
 def bench(args):
     """Prints the time, the size and the recall error of memories, and writes them to --out."""
     torch.set_num_threads(1)                # times of different computers compare better
     rows = []
     for name in args.memory:
         for T in args.tasks:
-            # About as large as the modulations of a ViT-S after their training.
+            # The elements are about as large as those of a trained modulation of a ViT-S.
             thetas = 0.03 * torch.randn(T, args.dim, generator=data.generator(T))
             row = {"memory": name, "T": T} | bench_memory(make_memory(name, args.dim), thetas)
             rows.append(row)
@@ -264,7 +265,7 @@ def bench(args):
 
 
 def bench_memory(memory, thetas):
-    """What an empty memory needs to store thetas (T, P), and to recall them when all are stored."""
+    """How an empty memory stores thetas (T, P), and recalls them when all are stored."""
     T = len(thetas)
     pairs = [lora.split_key(theta) for theta in thetas]
     start = time.perf_counter()

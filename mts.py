@@ -1,11 +1,11 @@
 """Multi-task switching (MTS): Algorithms 3 and 4 of the paper (A.1). The task is not known.
 
-    python mts.py                                       # drawn glyphs: trains what til.py has not
-    python mts.py --predictor classes                   # our variant, which finds more tasks
+    python mts.py                                       # trains what til.py has not trained yet
+    python mts.py --predictor classes                   # our variant finds the task more often
     python mts.py --predict picture.png                 # Algorithm 4 on one picture
 
 A task predictor finds out to which task an image belongs. It is another LoRA modulation, theta_0,
-with a head of its own. From there on, everything is as in til.py: the modulation of that task is
+with a head of its own. After that, everything is as in til.py: the modulation of the task is
 recalled, and the image is classified with it. theta_0 itself is never written to the memory.
 """
 import argparse
@@ -18,11 +18,13 @@ import evaluate
 import til
 
 LR = (0.002, 0.0001)                            # at the start, at the end (paper, A.2)
+CODE = data.digest_of_code("mts.py")
 
 
 # ---- the two algorithms ------------------------------------------------------------------------
+# The numbers in the comments are the lines of the paper's listings.
 def mts_training(tasks, train, memory, learn, learn_predictor):
-    """Algorithm 3, with its line numbers: the task predictor, and what Algorithm 1 returns."""
+    """Algorithm 3: returns the task predictor, and what Algorithm 1 returns."""
     predictor = learn_predictor(train, tasks)                               # 3, 4: on all D_t
     keys, modulations = til.til_training(tasks, train, memory, learn)       # 5 to 11: Algorithm 1
     return predictor, keys, modulations                                     # 12
@@ -31,8 +33,8 @@ def mts_training(tasks, train, memory, learn, learn_predictor):
 def mts_inference(net, predictor, heads, images, keys, memory):
     """Algorithm 4: the predicted tasks t_hat (n,), and logits (n, classes of a task).
 
-    The paper's algorithm is for one image. Here are n of them: those with the same predicted task
-    are classified together, so that its modulation is recalled once.
+    The paper's algorithm is for one image. Here are n of them: images with the same predicted task
+    are classified together, so that each modulation is recalled only once.
     """
     t_hat = predict_task(net, predictor, images, len(keys))                 # 3
     theta_hat = {t: memory.read(keys[t].clone()) for t in t_hat.unique().tolist()}      # 5
@@ -41,7 +43,10 @@ def mts_inference(net, predictor, heads, images, keys, memory):
 
 
 def classify_each(net, heads, images, task_ids, thetas):
-    """C(x; W, thetas[t]) with heads[t], where t is the task of each image, task_ids (n,)."""
+    """Logits of images (n,), each classified as one of its task, task_ids (n,).
+
+    thetas and heads have the theta and the head of each task.
+    """
     logits = torch.empty(len(images), heads[0].out_features)
     for t in task_ids.unique().tolist():
         of_task_t = task_ids == t
@@ -53,47 +58,51 @@ def classify_each(net, heads, images, task_ids, thetas):
 def predict_task(net, predictor, images, n_tasks):
     """t_hat (n,): the most probable task of each image.
 
-    The paper's predictor has an output for each task. Ours can have an output for each class, in
-    the order of the tasks. Then the probability of a task is the sum over its classes.
+    The paper's predictor has an output for each task. With --predictor classes, it has an output
+    for each class, in the order of the tasks. Then the probability of a task is the sum over its
+    classes. (If there is an output for each task, the sum has only one term.)
     """
-    theta_0, head_0 = predictor[:2]
+    theta_0, head_0 = predictor
     p = til.classify(net, head_0, images, theta_0).softmax(1)   # (n, T) or (n, all classes)
     p = p.unflatten(1, (n_tasks, -1)).sum(2)                    # (n, T)
     return p.argmax(1)
 
 
-def predictor_targets(train, tasks, predictor):
-    """What the predictor should answer for each image (N,), and how many answers there are.
+def predictor_targets(train, tasks, kind):
+    """What the predictor should answer for each image (N,), and its number of outputs.
 
-    tasks: the number of the task, as in the paper.
-    classes: the number of the class, counted task by task. (Ours: a task is a random set of
-        classes, so there is nothing by which it can be recognised but its classes.)
+    kind "tasks": the number of the task, as in the paper.
+    kind "classes": the number of the class, counted task by task. A task is a random set of
+        classes, so only its classes can tell a task. This predictor learns them directly.
     """
     task_ids, labels = data.task_labels(train, tasks)
-    if predictor == "tasks":
+    if kind == "tasks":
         return task_ids, len(tasks)
-    return len(tasks[0]) * task_ids + labels, len(train.classes)
+    classes_of_a_task = len(tasks[0])
+    return classes_of_a_task * task_ids + labels, len(train.classes)
 
 
 def flips_and_crops(n, generator):
-    """As til.flips; and of each image, a random square with 35 to 100 % of its area is used.
+    """Changes for n images, as til.flips, and of each image, a random square is cut out.
 
-    With flips alone, ten epochs overfit.
+    The square has 35 to 100 % of the image's area. With flips alone, ten epochs overfit.
     """
-    side = (0.35 + 0.65 * torch.rand(n, 1, generator=generator)).sqrt()
-    # The centre may be anywhere where the square lies inside the image.
+    area = 0.35 + 0.65 * torch.rand(n, 1, generator=generator)
+    side = area.sqrt()
+    # The centre may be anywhere where the whole square lies inside the image.
     centre = (1 - side) * (2 * torch.rand(n, 2, generator=generator) - 1)
     crop = torch.cat([side, centre], dim=1)                     # (n, 3), see ViT.prepare
     return {"crop": crop} | til.flips(n, generator)
 
 
-def predictor_learner(args, seed, net, path):
-    """The function `learn_predictor` of Algorithm 3: (train, tasks) -> theta_0 and its head."""
-    recipe = til.Recipe(10, 128, LR, flips_and_crops, args.label_smoothing)     # 10: paper, A.2
-    if args.dataset == "glyphs":                # there are few of them
+def make_learn_predictor(args, seed, net, path):
+    """Makes the function `learn_predictor` of Algorithm 3: (train, tasks) -> theta_0, its head."""
+    recipe = til.Recipe(epochs=10, batch_size=128, lr=LR, augment=flips_and_crops,
+                        label_smoothing=args.label_smoothing)   # the epochs: paper, A.2
+    if args.dataset == "glyphs":                # ours: there are only 2,200 images
         recipe = recipe._replace(epochs=5, batch_size=16)
     if path.exists():
-        print(f"{path.name} found, not trained again")
+        print(f"{path.name} found, not trained again", flush=True)
     else:
         print(f"trains the task predictor, kept as {path.name}", flush=True)
 
@@ -106,56 +115,59 @@ def predictor_learner(args, seed, net, path):
 
 # ---- the experiment ----------------------------------------------------------------------------
 def experiment(args, seed, train, test):
-    """Algorithm 3; then Algorithm 4 and other ways to classify, on all test images: the figures."""
+    """Runs Algorithm 3, and then Algorithm 4 and the controls on all test images.
+
+    Returns a dictionary, whose "figures" are the numbers of a row in the table.
+    """
     start = time.perf_counter()
     tasks = data.split(len(train.classes), args.splits, seed)
     net, folder = til.make_network(args, seed, train, test)
     memory = evaluate.make_memory(args.memory, len(net.theta))
     path = predictor_path(args, folder)
-    learn = til.learner(args, seed, net, folder, tasks)
-    learn_predictor = predictor_learner(args, seed, net, path)
+    learn_predictor = make_learn_predictor(args, seed, net, path)
+    learn = til.make_learn(args, seed, net, folder, tasks)
     predictor, keys, modulations = mts_training(tasks, train, memory, learn, learn_predictor)
-    heads = [modulation.head for modulation in modulations]
+    heads = [head for _, head in modulations]
     if args.predict:
         return predict(args, train.classes, tasks, net, predictor, heads, keys, memory)
 
-    # The controls are those of til.py, but with the predicted task. Only `gt` knows the true one.
+    # Only `gt` knows the true task. The controls of til.py get the predicted one here.
     images = test.images
     t_hat, recalled = mts_inference(net, predictor, heads, images, keys, memory)
     task_ids, labels = data.task_labels(test, tasks)
-    thetas = [modulation.theta for modulation in modulations]
+    thetas = [theta for theta, _ in modulations]
     mean = [torch.stack(thetas).mean(0)] * len(tasks)
     none = [torch.zeros_like(thetas[0])] * len(tasks)
-    wrong = thetas[-1:] + thetas[:-1]                           # of the task before
+    wrong = thetas[-1:] + thetas[:-1]                           # of the task before, as in til.py
     linear_heads = evaluate.linear_heads(net, train, tasks)
     logits = {
         "gt": classify_each(net, heads, images, task_ids, thetas),
-        "local": recalled,
+        "recalled": recalled,
         "linear": classify_each(net, linear_heads, images, t_hat, none),
         "mean": classify_each(net, heads, images, t_hat, mean),
         "wrong": classify_each(net, heads, images, t_hat, wrong),
         "none": classify_each(net, heads, images, t_hat, none)}
-
     figures, per_task = score(logits, t_hat, task_ids, labels)
-    variant = path.stem.removeprefix("predictor")               # "-tasks-", then the digest
-    return til.save_result(
-        "mts", args, seed, folder, start, [predictor], figures, per_task, variant)
+    variant = path.stem.removeprefix("predictor")
+    return til.save_result("mts", args, seed, folder, start, figures, per_task, variant)
 
 
 def score(logits, t_hat, task_ids, labels):
-    """The figures by their names, and {way: [accuracy of each task]}.
+    """Returns the figures, and {way to classify: [accuracy of each task]}.
 
-    logits: {way to classify: (n, classes of a task)}; t_hat, task_ids, labels (n,): the predicted
-    tasks, the true tasks, and the true classes, as numbers within their task.
+    logits: {way to classify: (n, classes of a task)}. t_hat, task_ids, labels (n,): the predicted
+    task of each image, its true task, and the number of its class within the task.
     """
-    # Say the truth is class 2 of task 7. The predictor says task 3, and head 3 says class 2. That
-    # is right for `local`, which only compares the numbers of classes, and wrong for `strict`. The
-    # paper seems to count like `local`: in two of its columns, FAA is higher than Task Acc.
     hits = {way: z.argmax(1) == labels for way, z in logits.items()}
+    # Example: the truth is class 2 of task 7. The predictor says task 3, and head 3 says class 2.
+    # `local` compares the numbers of the classes, so it counts that as right. `strict` also
+    # compares the tasks. The paper seems to count like `local`: in two columns, its FAA is higher
+    # than its Task Acc.
+    hits["local"] = hits.pop("recalled")
     hits["task"] = t_hat == task_ids
     hits["strict"] = hits["local"] & hits["task"]
-    tasks = range(task_ids.max() + 1)
-    per_task = {way: [evaluate.percent(hit[task_ids == t]) for t in tasks]
+    n_tasks = task_ids.max().item() + 1
+    per_task = {way: [evaluate.percent(hit[task_ids == t]) for t in range(n_tasks)]
                 for way, hit in hits.items()}
     faa = {way: evaluate.faa(accuracies) for way, accuracies in per_task.items()}
     figures = {
@@ -166,11 +178,8 @@ def score(logits, t_hat, task_ids, labels):
 
 
 def predictor_path(args, folder):
-    """The file of theta_0, named after what it depends on. (Its folder stands for the rest.)"""
+    """The file of theta_0. The name of its folder stands for all else that theta_0 depends on."""
     return folder / f"predictor-{args.predictor}-{data.digest(args.label_smoothing, CODE)}.pt"
-
-
-CODE = data.digest_of_code("mts.py")            # as til.CODE
 
 
 def predict(args, names, tasks, net, predictor, heads, keys, memory):
@@ -182,18 +191,19 @@ def predict(args, names, tasks, net, predictor, heads, keys, memory):
     til.print_classes(logits, [names[c] for c in tasks[t]])
 
 
-def options(description):
+# ---- the command line --------------------------------------------------------------------------
+def make_parser(description):
     """A parser with the options of mts.py."""
-    parser = til.options(description)
+    parser = til.make_parser(description)
     parser.add_argument("--predictor", choices=("tasks", "classes"), default="tasks",
                         help="what it learns: the tasks, as in the paper, or all classes "
                              "(default: tasks)")
-    parser.add_argument("--label-smoothing", type=share, default=0.0,
+    parser.add_argument("--label-smoothing", type=below_one, default=0.0,
                         help="of the predictor (default: 0)")
     return parser
 
 
-def share(text):
+def below_one(text):
     """A type for argparse: numbers in [0, 1)."""
     if not 0 <= float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
@@ -202,4 +212,4 @@ def share(text):
 
 if __name__ == "__main__":
     with data.one_line_errors():
-        til.main(options(__doc__), experiment)
+        til.main(make_parser(__doc__), experiment)

@@ -1,12 +1,13 @@
-"""A Vision Transformer (Dosovitskiy et al., arXiv 2010.11929): the frozen substrate of the paper.
+"""A Vision Transformer (Dosovitskiy et al., arXiv 2010.11929): the backbone, which stays frozen.
 
-The paper calls its weights W. They are pretrained, and nothing in this project changes them.
+The paper calls it the substrate model, and its pretrained weights W.
 
     vit = load("vit_ti_16")                 # with published weights
     tokens = features(vit, images)          # uint8 (n, 3, h, w) -> class tokens (n, d)
 
 In most programs, query, key and value are one layer. Here they are three, so that lora.py can
-modulate query and value alone.
+modulate query and value alone. The network comes first. If you read this file beside the paper, you
+can stop at "published weights".
 """
 import re
 from pathlib import Path
@@ -38,7 +39,7 @@ class Attention(nn.Module):
         k = self.key(x).view(B, N, h, d // h).transpose(1, 2)       # (B, h, N, d / h)
         v = self.value(x).view(B, N, h, d // h).transpose(1, 2)     # (B, h, N, d / h)
         y = F.scaled_dot_product_attention(q, k, v)                 # (B, h, N, d / h)
-        y = y.transpose(1, 2).reshape(B, N, d)                      # heads side by side
+        y = y.transpose(1, 2).reshape(B, N, d)                      # all heads side by side
         return self.proj(y)
 
 
@@ -60,10 +61,10 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """From prepared images (B, 3, s, s) to their class tokens (B, d), after the last norm.
+    """From prepared images (B, 3, s, s) to their class tokens (B, d).
 
-    An image is cut into n x n = N patches. Every patch becomes a token, and the class token is
-    added to them. What the class token is after the last block stands for the whole image.
+    An image is cut into n x n = N patches, and each patch becomes a token. The class token is put
+    before them. After the last block, it represents the whole image.
     """
 
     def __init__(self, config, image_size=None):
@@ -75,21 +76,22 @@ class ViT(nn.Module):
         width = config.width
         self.config = config
         self.image_size = size                                      # s
-        self.n = size // config.patch
+        self.n = size // config.patch                               # patches side by side
         self.patch_embed = nn.Linear(3 * config.patch ** 2, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + self.n ** 2, width))
         blocks = [Block(width, config.heads) for _ in range(config.depth)]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        # The mean and std of the pixels are no weights, so they stay out of the state dict.
+        # The mean and std of the pixels are not weights: they stay out of the state dict.
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
 
-    def forward(self, images):
+    def forward(self, x):                   # (B, 3, s, s) -> (B, d)
         n = self.n
-        x = images.unflatten(3, (n, -1)).unflatten(2, (n, -1))      # (B, 3, n, patch, n, patch)
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)    # (B, N, 3 patch^2)
+        x = x.unflatten(3, (n, -1)).unflatten(2, (n, -1))           # (B, 3, n, patch, n, patch)
+        x = x.permute(0, 2, 4, 1, 3, 5)                             # (B, n, n, 3, patch, patch)
+        x = x.flatten(3).flatten(1, 2)                              # (B, N, 3 patch^2)
         x = self.patch_embed(x)                                     # (B, N, d)
         cls_token = self.cls_token.expand(len(x), -1, -1)           # (B, 1, d)
         x = torch.cat([cls_token, x], dim=1)                        # (B, 1 + N, d)
@@ -101,8 +103,7 @@ class ViT(nn.Module):
 
         flip: bool (B,), which images to mirror.
         crop: float (B, 3), a square window (side, x, y) for each image. An image spans [-1, 1] in
-            x and in y. (x, y) is the centre of the window, and side is its share of the image.
-        Images that are not square are squashed.
+            x and in y. (x, y) is the centre of the window, and side its side / the image's side.
         """
         x = images.float() / 255
         if flip is not None:
@@ -117,15 +118,15 @@ class ViT(nn.Module):
 def resize(x, size):
     """Resizes x (B, 3, h, w), with values in [0, 1], to (B, 3, size, size)."""
     x = F.interpolate(x, (size, size), mode="bicubic", antialias=True)
-    return x.clamp(0, 1)                    # a bicubic curve overshoots
+    return x.clamp(0, 1)                    # bicubic values may lie outside
 
 
 def cut_out(x, crop, size):
     """Cuts the windows `crop` (B, 3) out of x (B, 3, h, w), and makes them (B, 3, size, size)."""
-    # grid_sample does not smooth an image that it makes smaller, so we first resize a larger one.
+    # grid_sample does not smooth what it makes smaller. So we first resize images that are larger.
     if x.shape[-1] > size:
         x = resize(x, size)
-    # A point p of the window shows the image at side * p + centre.
+    # A point p of the window shows the point side * p + centre of the image.
     side, centre = crop[:, :1, None], crop[:, 1:, None]             # (B, 1, 1), (B, 2, 1)
     scale = side * torch.eye(2, device=x.device)                    # (B, 2, 2)
     window = torch.cat([scale, centre], dim=2)                      # (B, 2, 3)
@@ -138,20 +139,17 @@ def cut_out(x, crop, size):
 def features(net, images):
     """The class tokens (n, d), float32, of uint8 images (n, 3, h, w), by a ViT or a ModulatedViT.
 
-    The tokens are on the device of the network. Every image has its own token, whatever other
-    images are in its batch.
+    The tokens are on the device of the network.
     """
     device = next(net.parameters()).device
-    batch_size = 250 if device.type == "cpu" else 1000              # small ones leave a GPU idle
+    batch_size = 250 if device.type == "cpu" else 1000      # small batches leave a GPU idle
     tokens = [net(net.prepare(batch.to(device))) for batch in images.split(batch_size)]
     return torch.cat(tokens).float()
 
 
-# ---- the substrates ----------------------------------------------------------------------------
-# Here ends the network. If you read this file beside the paper, you can stop after the next two
-# definitions: the rest of the file only loads weights that others have published.
+# ---- the architectures -------------------------------------------------------------------------
 class Config(NamedTuple):
-    """The architecture of a substrate, and where its weights come from."""
+    """The architecture of a ViT, and where its weights come from."""
     image_size: int                         # side of the input in pixels
     patch: int                              # side of a patch in pixels
     width: int                              # d
@@ -170,7 +168,7 @@ CONFIGS = {
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         url="https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
             "/resolve/main/pytorch_model.bin"),
-    "dinov2_vits14": Config(                # Oquab et al., arXiv 2304.07193; there 518 pixels
+    "dinov2_vits14": Config(                # Oquab et al., arXiv 2304.07193, with 518 pixels
         image_size=112, patch=14, width=384, depth=12, heads=6,
         url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"),
     "vit_b_16": Config(                     # torchvision's ViT_B_16_Weights.IMAGENET1K_V1
@@ -180,8 +178,9 @@ CONFIGS = {
 
 
 # ---- published weights -------------------------------------------------------------------------
+# The network ends above. What follows only loads weights, and gives them our names and shapes.
 def load(name, weights=None, image_size=None):
-    """The substrate `name` with its pretrained weights, float32, in eval mode.
+    """The ViT `name` of CONFIGS with its pretrained weights, float32, in eval mode.
 
     weights: a file to take in place of the published weights.
     Raises Mistake if the weights cannot be had, or do not fit the network.
@@ -228,12 +227,13 @@ def read_weights(path):
                       "If it is a download that was cut short, remove it") from error
 
 
-# Names in published files, and ours. timm and DINOv2 name nearly all layers as we do.
+# Names in published files, and ours, in the order in which they are replaced. timm and DINOv2 name
+# nearly all layers as we do, and torchvision (from class_token on) names them differently.
 OUR_NAMES = {
-    r"^module\.": "",                                   # a network trained on several GPUs
-    r"^patch_embed\.proj": "patch_embed",               # timm, DINOv2
+    r"^module\.": "",                                   # a network that was trained on several GPUs
+    r"^patch_embed\.proj": "patch_embed",
     r"\.mlp\.fc": ".fc",
-    r"^class_token": "cls_token",                       # torchvision
+    r"^class_token": "cls_token",
     r"^encoder\.pos_embedding": "pos_embed",
     r"^conv_proj": "patch_embed",
     r"^encoder\.layers\.encoder_layer_": "blocks.",
@@ -244,7 +244,8 @@ OUR_NAMES = {
     r"\.mlp\.(0|linear_1)": ".fc1",
     r"\.mlp\.(3|linear_2)": ".fc2",
 }
-NOT_NEEDED = r"(mask_token|heads?\.)"       # of DINOv2's pretraining; a classifier for ImageNet
+# mask_token is for DINOv2's pretraining, and head or heads is a classifier for ImageNet's classes.
+NOT_NEEDED = r"(mask_token|heads?\.)"
 
 
 def rename(state):
@@ -285,16 +286,16 @@ def resize_positions(pos_embed, n):
     if n == m:
         return pos_embed
     grid = of_patches.unflatten(1, (m, m)).permute(0, 3, 1, 2)      # (1, d, m, m)
-    # DINOv2's own code adds 0.1: without it, rounding may give n - 1 patches.
+    # We do what DINOv2's own code does. Without its 0.1, rounding may give n - 1 patches.
     grid = F.interpolate(grid, scale_factor=(n + 0.1) / m, mode="bicubic")
     of_patches = grid.flatten(2).transpose(1, 2)                    # (1, n^2, d)
     return torch.cat([of_token, of_patches], dim=1)
 
 
-def compare(found, expected, what):
+def compare(found, expected, message):
     """Raises Mistake at the first weight that is missing, unknown or of another shape."""
     for name in expected | found:
         ours = tuple(expected[name].shape) if name in expected else "no such weight"
         theirs = tuple(found[name].shape) if name in found else "no such weight"
         if ours != theirs:
-            raise Mistake(f"{what}: {name} should be {ours}, but in the file it is {theirs}")
+            raise Mistake(f"{message}: {name} should be {ours}, but in the file it is {theirs}")
