@@ -202,9 +202,11 @@ def picture(path, size):
 def glyphs(data_dir, n_train=22, n_test=8):
     """100 classes of 64 x 64 pictures. A glyph is a drawing of two strokes and their mirror images.
 
-    Training mirrors images, and that must not change their class. A data set without a difference
-    between the modulations and the controls would teach us nothing. So n_train was chosen, on
-    --validate, such that `none` is at least 15 points below FAA, and `wrong` at least 10.
+    The mirror images are there because training mirrors pictures, which must not change the class.
+
+    If the controls were as good as the modulations, glyphs would teach us nothing. So how they look
+    was tuned, and n_train was chosen on --validate, until `none` was at least 15 points below FAA,
+    and `wrong` at least 10.
     """
     classes = [f"glyph {label:02d}" for label in range(100)]
     parts = []
@@ -316,7 +318,7 @@ def hold_out(train):
     """
     held = torch.zeros(len(train.labels), dtype=torch.bool)
     for label, name in enumerate(train.classes):
-        places = (train.labels == label).nonzero()
+        places = (train.labels == label).nonzero().flatten()
         if len(places) < 2:
             raise Mistake(f"--validate needs two or more training images of {name}")
         held[places[::10]] = True
@@ -327,7 +329,8 @@ def hold_out(train):
 def generator(*numbers):
     """A generator of random numbers, another one for each combination, such as (seed, task).
 
-    With seed + task in its place, task 2 of seed 0 and task 1 of seed 1 would draw the same.
+    If it were made from the sum seed + task, task 2 of seed 0 would draw the same numbers as task 1
+    of seed 1.
     """
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))

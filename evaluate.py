@@ -97,12 +97,12 @@ def linear_heads(net, train, tasks):
     return heads
 
 
-@torch.enable_grad()
+@torch.enable_grad()                            # linear_heads has switched gradients off
 def logistic_regression(x, y, n_classes, penalty=0.03):
     """Weights (n_classes, d) and biases (n_classes,) that predict y (n,) from x (n, d).
 
-    They minimise cross-entropy + penalty / 2 |W|^2, where W is for the features z: these are x,
-    standardised, so that the penalty treats them all alike. It was chosen on --validate.
+    They minimise cross-entropy + penalty / 2 |W|^2, where W is for z, the standardised x, so that
+    the penalty treats all features alike. This penalty was chosen on --validate.
     """
     mean = x.mean(0)
     std = x.std(0) + 1e-6
@@ -124,7 +124,7 @@ def logistic_regression(x, y, n_classes, penalty=0.03):
 
 
 # ---- tables ------------------------------------------------------------------------------------
-# The paper's Tables 1 and A1: {command: {row: {heading: cell}}}.
+# The paper's Tables 1 and A1: {command: {name of the row, such as "bayespcn": {heading: cell}}}.
 PAPER = json.loads((Path(__file__).parent / "results/paper.json").read_text("utf-8"))
 # What the columns mean. Their headings are the names of the "figures" in the results, so a new
 # column needs no line here. But explain it.
@@ -135,13 +135,15 @@ LEGEND = {
     "FAA(M)": "accuracy with the task known and the modulations that the memory M recalls",
     "local": "accuracy with the predicted task and the modulations that the memory M recalls. The "
              "number of the class within its task must be right, but not the task",
-    "D(M)": "what recall costs: FAA_GT - FAA(M). In MTS, it is FAA_GT - local",
+    "D(M)": "what recall costs: FAA_GT - FAA(M). In MTS, what recall and wrong tasks cost: FAA_GT "
+            "- local",
     "strict": "as local, but the task must be right, too",
     "error": "recall error |theta_hat - theta| / |theta|, without the key",
     "linear": "control: no modulation, and a head that is trained for that, by logistic regression",
     "mean": "control: the mean of all modulations, with the head of the task",
     "wrong": "control: the modulation of the task before, with the head of the task",
-    "none": "control: no modulation, with the head of the task",
+    "none": "control: no modulation, with the head of the task. In MTS, controls get the predicted "
+            "task, and count like local",
 }
 
 
@@ -170,7 +172,7 @@ def table(command, results):
     lines = [f"| M | seeds | {' | '.join(headings)} |", "|---" * (2 + len(headings)) + "|"]
     paper = dict(PAPER.get(command, {}))
     for (name, digest), runs in sorted(rows.items()):
-        # The digest is shown if this row should not be compared with another one.
+        # The digest tells this row apart from one that it should not be compared with.
         shown = f"`{name}`"
         if any(clash(runs[0], result) for result in results):
             shown = f"`{name} ({digest})`"

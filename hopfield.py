@@ -8,9 +8,9 @@ key k_t (see split_key in lora.py). A read is one step of attention, with k as t
 
 Why does a read return what was written? K^T k compares the key k with each of the T stored keys.
 The keys are nearly orthogonal, so only the product of k with itself is large. For the modulations
-of til.py's glyphs, it is 7 to 9, and all others are below 1.4. Multiplied by beta = 25, this
-difference is more than 100, and the softmax gives the right value a weight of 1. If beta were much
-smaller, the weights would be more alike, and a read would return a mixture of all values.
+of til.py's glyphs, it is 7 to 9, and all others are below 1.4. Multiplied by beta = 25, they differ
+by more than 100, and the softmax gives the right value a weight of 1. If beta were much smaller,
+the weights would be more alike, and a read would return a mixture of all values.
 """
 import torch
 
@@ -32,7 +32,7 @@ class Hopfield:
     def attention(self, key):
         """softmax(beta K^T k): how much a read takes of each stored value. (T,), float64."""
         K = torch.stack(self.keys).T                                # (|k|, T)
-        # float64, because beta multiplies the rounding errors of K^T k.
+        # float64, because a large beta would make the rounding errors of K^T k large, too.
         return torch.softmax(self.beta * (K.T.double() @ key.double()), dim=0)
 
     def read(self, key):

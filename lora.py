@@ -33,7 +33,8 @@ class LoRALinear(nn.Module):
         self.delta = None                       # (d, d); ModulatedViT.forward sets it each time
 
     def forward(self, x):                       # (.., d) -> (.., d)
-        # W x + delta x = (W + delta) x. So one product with x is enough.
+        # W x + delta x = (W + delta) x. So one product with x is enough. (For the matrices of a
+        # language model, delta would be too large. Here it is small.)
         return F.linear(x, self.base.weight + self.delta, self.base.bias)
 
 
@@ -60,10 +61,9 @@ class ModulatedViT(nn.Module):
         self.graphs = {}                        # for `graphed`, below
 
     def factors(self):
-        """A (2 L, r, d) and B (2 L, d, r) of all layers.
+        """A (2 L, r, d) and B (2 L, d, r) of all 2 L layers: query 1, value 1, query 2, ..
 
-        They are views of theta: theta is A_1 B_1 A_2 B_2 .., and what is written into A or B is
-        written into theta.
+        They are views of theta, and not copies: what is written into A or B is written into theta.
         """
         d = self.vit.config.width
         pairs = self.theta.view(len(self.layers), 2, self.rank * d)
@@ -73,13 +73,13 @@ class ModulatedViT(nn.Module):
     def forward(self, x):               # prepared images (n, 3, s, s) -> class tokens (n, d)
         A, B = self.factors()
         deltas = self.scale * (B @ A)           # (2 L, d, d), for all layers at once
-        deltas = deltas.to(x.dtype)             # that of W
+        deltas = deltas.to(x.dtype)             # x has the dtype of W
         for layer, delta in zip(self.layers, deltas):
             layer.delta = delta
         return self.vit(x)
 
     def prepare(self, images, **changes):
-        """Resizes and normalises images: see ViT.prepare."""
+        """Resizes and normalises images. changes are flip and crop: see ViT.prepare."""
         return self.vit.prepare(images, **changes)
 
     @torch.no_grad()
@@ -87,7 +87,7 @@ class ModulatedViT(nn.Module):
         """Sets theta to random values, with which training begins (Algorithm 1, line 5).
 
         A is uniform in +-1 / sqrt(d), as in nn.Linear, and B is zero. So B A is zero, and training
-        begins at the unmodulated ViT. (A must not be zero, too: B would get no gradient.)
+        begins at the unmodulated ViT. (If A were zero as well, B would never get a gradient.)
         """
         A, B = self.factors()
         bound = A.shape[2] ** -0.5
@@ -100,8 +100,8 @@ class ModulatedViT(nn.Module):
         """The same as self(x), for training on a GPU. On an H100, a step is nine times as fast.
 
         The kernels of a training step are so short that the GPU waits for Python to start each of
-        them. A CUDA graph is a recording of all of them, which are then started together. It has
-        recorded where theta lies in memory. So we never replace theta, but copy values into it.
+        them. A CUDA graph is a recording of all of them, which are then started together. It refers
+        to theta by its address. So we never replace theta, but copy values into it.
         """
         batch_size = len(x)
         if batch_size not in self.graphs:
@@ -115,7 +115,8 @@ class ModulatedViT(nn.Module):
 def split_key(theta):
     """theta (P,) -> the key k_t, its first floor(0.1 P) elements, and the value, all others.
 
-    The paper (section 3.1) writes the value theta_t / k_t, which is not a division.
+    The paper (section 3.1) writes the value theta_t / k_t, which is not a division. (This key and
+    this value belong to a memory. They are not those of attention.)
 
     Why can a piece of theta be a key? More than half of the elements of a key belong to an A, and
     every task begins with another random A. Training changes A, but not so much that the keys of

@@ -43,9 +43,9 @@ def mts_inference(net, predictor, heads, images, keys, memory):
 
 
 def classify_each(net, heads, images, task_ids, thetas):
-    """Logits of images (n,), each classified as one of its task, task_ids (n,).
+    """Logits (n, classes of a task): image i is classified with theta and head of task_ids[i].
 
-    thetas and heads have the theta and the head of each task.
+    thetas and heads have those of each task. thetas can be a list or a dictionary.
     """
     logits = torch.empty(len(images), heads[0].out_features)
     for t in task_ids.unique().tolist():
@@ -73,7 +73,7 @@ def predictor_targets(train, tasks, kind):
 
     kind "tasks": the number of the task, as in the paper.
     kind "classes": the number of the class, counted task by task. A task is a random set of
-        classes, so only its classes can tell a task. This predictor learns them directly.
+        classes, and an image shows its task only by its class. So this predictor learns classes.
     """
     task_ids, labels = data.task_labels(train, tasks)
     if kind == "tasks":
@@ -83,7 +83,7 @@ def predictor_targets(train, tasks, kind):
 
 
 def flips_and_crops(n, generator):
-    """Changes for n images, as til.flips, and of each image, a random square is cut out.
+    """Changes for n images: those of til.flips, and a random square is cut out of each image.
 
     The square has 35 to 100 % of the image's area. With flips alone, ten epochs overfit.
     """
@@ -96,7 +96,7 @@ def flips_and_crops(n, generator):
 
 
 def make_learn_predictor(args, seed, net, path):
-    """Makes the function `learn_predictor` of Algorithm 3: (train, tasks) -> theta_0, its head."""
+    """Makes the function `learn_predictor` of Algorithm 3: (train, tasks) -> Modulation."""
     recipe = til.Recipe(epochs=10, batch_size=128, lr=LR, augment=flips_and_crops,
                         label_smoothing=args.label_smoothing)   # the epochs: paper, A.2
     if args.dataset == "glyphs":                # ours: there are only 2,200 images
@@ -131,7 +131,7 @@ def experiment(args, seed, train, test):
     if args.predict:
         return predict(args, train.classes, tasks, net, predictor, heads, keys, memory)
 
-    # Only `gt` knows the true task. The controls of til.py get the predicted one here.
+    # Only `gt` knows the true task. The controls of til.py get the predicted task here.
     images = test.images
     t_hat, recalled = mts_inference(net, predictor, heads, images, keys, memory)
     task_ids, labels = data.task_labels(test, tasks)
@@ -148,7 +148,7 @@ def experiment(args, seed, train, test):
         "wrong": classify_each(net, heads, images, t_hat, wrong),
         "none": classify_each(net, heads, images, t_hat, none)}
     figures, per_task = score(logits, t_hat, task_ids, labels)
-    variant = path.stem.removeprefix("predictor")
+    variant = path.stem.removeprefix("predictor")               # -tasks-.. or -classes-..
     return til.save_result("mts", args, seed, folder, start, figures, per_task, variant)
 
 
@@ -160,9 +160,9 @@ def score(logits, t_hat, task_ids, labels):
     """
     hits = {way: z.argmax(1) == labels for way, z in logits.items()}
     # Example: the truth is class 2 of task 7. The predictor says task 3, and head 3 says class 2.
-    # `local` compares the numbers of the classes, so it counts that as right. `strict` also
-    # compares the tasks. The paper seems to count like `local`: in two columns, its FAA is higher
-    # than its Task Acc.
+    # `local` compares the numbers of the classes, so it counts that as right, and so do the
+    # controls. `strict` also compares the tasks. The paper seems to count like `local`: in two
+    # columns, its FAA is higher than its Task Acc.
     hits["local"] = hits.pop("recalled")
     hits["task"] = t_hat == task_ids
     hits["strict"] = hits["local"] & hits["task"]
@@ -178,7 +178,11 @@ def score(logits, t_hat, task_ids, labels):
 
 
 def predictor_path(args, folder):
-    """The file of theta_0. The name of its folder stands for all else that theta_0 depends on."""
+    """The file of theta_0.
+
+    Its name stands for what only theta_0 depends on: the kind of predictor, the label smoothing,
+    and the code of this file. The name of its folder stands for the rest.
+    """
     return folder / f"predictor-{args.predictor}-{data.digest(args.label_smoothing, CODE)}.pt"
 
 

@@ -8,13 +8,14 @@
 
 Read this file from top to bottom: the two algorithms, how a modulation is trained, and then
 `experiment`, which is everything that happens with one seed, from the images to the numbers of a
-row in the table. What follows after it, files and options, you can skip.
+row in the table. From the heading `files` on, you can skip it.
 
 What is trained is kept in a folder of runs/. With another memory, nothing is trained again, and a
-command that was stopped continues. The name of the folder stands for the options, the images, the
-weights of the ViT, and the code of vit.py, lora.py, data.py and this file, without its comments. If
-you change any of these, a new folder begins, so you never get old results for new code. (It is so
-even if you only change the evaluation. And code that you put into a file of your own is not seen.)
+command that was stopped continues. The name of the folder stands for the options of the training,
+the images, the weights of the ViT, and the code of vit.py, lora.py, data.py and this file, without
+comments. If you change any of these, even if it is only the evaluation in this file, everything is
+trained anew in another folder. The code in other files does not count. If you put something into a
+new file that the training depends on, and change it, remove the folder.
 """
 import math
 import os
@@ -41,7 +42,7 @@ WEIGHT_DECAY = 0.1                              # paper, A.2
 class Modulation(NamedTuple):
     """What is trained for a task: theta_t, and the classifier that belongs to it."""
     theta: torch.Tensor                         # (P,), float32, on the CPU
-    head: nn.Module                             # class tokens (n, d) -> logits (n, outputs)
+    head: nn.Linear                             # class tokens (n, d) -> logits (n, outputs)
 
 
 # ---- the two algorithms ------------------------------------------------------------------------
@@ -51,7 +52,8 @@ def til_training(tasks, train, memory, learn):
 
     tasks has the classes of each task, and `learn` does lines 5 and 6: see make_learn, below. The
     modulations are returned for their heads, which are kept beside the memory, and for their
-    thetas, to be compared with what is recalled. (A memory gets copies: so it may change a key.)
+    thetas, to be compared with what is recalled. A memory gets copies, so that `keys` stay as they
+    are, whatever the memory does with what it gets.
     """
     keys = []                                                   # 2
     modulations = []
@@ -111,7 +113,7 @@ def fit(net, head, images, labels, recipe, generator):
     Returns the accuracy on these images during the last epoch, in percent.
     """
     device = net.theta.device
-    images, labels = images.to(device), labels.to(device)           # small enough, as uint8
+    images, labels = images.to(device), labels.to(device)           # as uint8, all of them fit
     n = len(labels)
     trained = [net.theta, *head.parameters()]
     optimizer = torch.optim.AdamW(trained, recipe.lr[0], weight_decay=WEIGHT_DECAY, fused=True)
@@ -120,7 +122,7 @@ def fit(net, head, images, labels, recipe, generator):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=recipe.lr[1])
     for epoch in range(recipe.epochs):
         order = torch.randperm(n, generator=generator).to(device)
-        # The changes are drawn for the images in this order.
+        # Row i of the changes is for image order[i].
         changes = {name: x.to(device) for name, x in recipe.augment(n, generator).items()}
         hits = 0
         caption = f"epoch {epoch + 1} of {recipe.epochs}, step"
@@ -170,7 +172,10 @@ def find_or_train(path, net, images, labels, n_outputs, recipe, generator):
 
 
 def make_learn(args, seed, net, folder, tasks):
-    """Makes the function `learn` of Algorithm 1: (t, images, labels) -> Modulation."""
+    """Makes the function `learn` of Algorithm 1: (t, images, labels) -> Modulation.
+
+    `learn` remembers all else that it needs, so that Algorithm 1 reads as in the paper.
+    """
     recipe = Recipe(args.epochs, args.batch_size, LR)
     paths = [folder / f"task{t + 1:03}.pt" for t in range(len(tasks))]
     missing = [t for t, path in enumerate(paths) if not path.exists()]
@@ -182,7 +187,7 @@ def make_learn(args, seed, net, folder, tasks):
     def learn(t, images, labels):
         start = time.perf_counter()
         # Each task has random numbers of its own. So theta_t is the same, whether the tasks before
-        # were trained or found. (The numbers of (seed, 0) are for the task predictor, theta_0.)
+        # were trained now or found. (The numbers of (seed, 0) are for the task predictor, theta_0.)
         generator = data.generator(seed, t + 1)
         modulation = find_or_train(
             paths[t], net, images, labels, len(tasks[t]), recipe, generator)
@@ -219,10 +224,11 @@ def experiment(args, seed, train, test):
             "recalled": til_inference(net, head, images, keys[t], memory),
             "linear": classify(net, linear_heads[t], images, none),
             "mean": classify(net, head, images, mean),
-            "wrong": classify(net, head, images, thetas[t - 1]),    # of another task
+            "wrong": classify(net, head, images, thetas[t - 1]),    # of the task before
             "none": classify(net, head, images, none)}
         for way, z in logits.items():
             per_task.setdefault(way, []).append(evaluate.percent(z.argmax(1) == labels))
+    # Recalled once more, to compare the thetas themselves.
     recalled = [memory.read(key.clone()) for key in data.progress(keys, "recalling theta")]
     errors = map(evaluate.recall_error, recalled, thetas)
 
@@ -265,8 +271,9 @@ def print_classes(logits, names):
 
 # ---- files -------------------------------------------------------------------------------------
 CODE = {name: data.digest_of_code(name) for name in ("vit.py", "lora.py", "data.py", "til.py")}
-# These options do not change theta, or count in another way: the seed is in the name of the folder,
-# and of weights and data_dir, the content counts. All others count, also one that you add.
+# These options are not in the digest. They do not change theta, or count in another way: the seed is
+# in the folder's name, and of weights and data_dir, the content counts. All other options are in the
+# digest, also those that you add.
 NOT_FOR_THETA = {"memory", "predictor", "label_smoothing", "seeds", "weights", "data_dir", "out",
                  "predict", "task", "row"}
 # These options are not in the name of a row: they are in its heading, or the digest tells them.
@@ -316,7 +323,8 @@ def make_parser(description):
     add("--backbone", choices=vit.CONFIGS,
         help="the ViT (default: vit_ti_16, and vit_micro for glyphs)")
     add("--weights", type=Path, help="a file with weights for it, in place of the published ones")
-    add("--image-size", type=positive, help="side of its input (default: that of its pretraining)")
+    add("--image-size", type=positive,
+        help="side of its input (default: as in vit.CONFIGS, and 32 for vit_micro with glyphs)")
     add("--rank", type=positive, default=8, help="r of LoRA (default: 8, paper, A.2)")
     add("--alpha", type=positive, default=8, help="LoRA's scale is alpha / r (default: 8)")
     add("--epochs", type=positive, default=3, help="epochs of a task (default: 3, paper, A.2)")

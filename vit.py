@@ -22,7 +22,7 @@ from data import Mistake
 
 # ---- the network -------------------------------------------------------------------------------
 class Attention(nn.Module):
-    """Multi-head self-attention: softmax(Q K^T / sqrt(d / h)) V, then a projection."""
+    """Multi-head self-attention on N tokens: softmax(Q K^T / sqrt(d / h)) V, then a projection."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -63,7 +63,7 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """From prepared images (B, 3, s, s) to their class tokens (B, d).
 
-    An image is cut into n x n = N patches, and each patch becomes a token. The class token is put
+    An image is cut into n x n patches, and each patch becomes a token. The class token is put
     before them. After the last block, it represents the whole image.
     """
 
@@ -76,7 +76,7 @@ class ViT(nn.Module):
         width = config.width
         self.config = config
         self.image_size = size                                      # s
-        self.n = size // config.patch                               # patches side by side
+        self.n = size // config.patch                               # patches in a row
         self.patch_embed = nn.Linear(3 * config.patch ** 2, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + self.n ** 2, width))
@@ -91,11 +91,11 @@ class ViT(nn.Module):
         n = self.n
         x = x.unflatten(3, (n, -1)).unflatten(2, (n, -1))           # (B, 3, n, patch, n, patch)
         x = x.permute(0, 2, 4, 1, 3, 5)                             # (B, n, n, 3, patch, patch)
-        x = x.flatten(3).flatten(1, 2)                              # (B, N, 3 patch^2)
-        x = self.patch_embed(x)                                     # (B, N, d)
+        x = x.flatten(3).flatten(1, 2)                              # (B, n^2, 3 patch^2)
+        x = self.patch_embed(x)                                     # (B, n^2, d)
         cls_token = self.cls_token.expand(len(x), -1, -1)           # (B, 1, d)
-        x = torch.cat([cls_token, x], dim=1)                        # (B, 1 + N, d)
-        x = self.blocks(x + self.pos_embed)                         # (B, 1 + N, d)
+        x = torch.cat([cls_token, x], dim=1)                        # (B, 1 + n^2, d)
+        x = self.blocks(x + self.pos_embed)                         # (B, 1 + n^2, d)
         return self.norm(x[:, 0])                                   # (B, d)
 
     def prepare(self, images, flip=None, crop=None):
@@ -103,7 +103,7 @@ class ViT(nn.Module):
 
         flip: bool (B,), which images to mirror.
         crop: float (B, 3), a square window (side, x, y) for each image. An image spans [-1, 1] in
-            x and in y. (x, y) is the centre of the window, and side its side / the image's side.
+            x and in y. (x, y) is the centre of the window, and side is 1 for the whole image.
         """
         x = images.float() / 255
         if flip is not None:
