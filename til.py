@@ -271,9 +271,9 @@ def print_classes(logits, names):
 
 # ---- files -------------------------------------------------------------------------------------
 CODE = {name: data.digest_of_code(name) for name in ("vit.py", "lora.py", "data.py", "til.py")}
-# These options are not in the digest. They do not change theta, or count in another way: the seed is
-# in the folder's name, and of weights and data_dir, the content counts. All other options are in the
-# digest, also those that you add.
+# These options are not in the digest: they do not change theta, or count in another way. The seed
+# is in the folder's name, and of weights and data_dir, the content counts. All other options are in
+# the digest, also those that you add.
 NOT_FOR_THETA = {"memory", "predictor", "label_smoothing", "seeds", "weights", "data_dir", "out",
                  "predict", "task", "row"}
 # These options are not in the name of a row: they are in its heading, or the digest tells them.
