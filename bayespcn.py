@@ -15,13 +15,13 @@ The idea
 
     A write is given theta, and a read only its key. Both begin with the same kind of search: which
     values of the hidden layers x^1, x^2, x^3 explain best what is known?
-        - In a write, no hidden layers explain a new theta well. Those that the search finds are
-          only a place for it. Then the write treats them as if they had been observed, and changes
-          what the memory believes about the weights. After that, this x^1 predicts theta.
+        - In a write, no hidden layers explain a new theta well. Those that the search finds only
+          become its address. The write treats them as if they had been observed, and changes what
+          the memory believes about the weights. After that, this x^1 predicts theta.
         - A read lets the x^1 that it has found predict the value.
     Why should a read find the x^1 of the write? The key has thousands of elements, and x^1 has only
-    256. So hardly any x^1 predicts the key, but that of the write does. In all our runs, the search
-    of a read has found it.
+    256. So hardly any x^1 predicts the key, but that of the write does. In our runs, the search of
+    a read has found it, or at least its direction (see "Two ways to read").
 
 What is Bayesian about it
     Each prediction is a linear regression with weights W_l. The memory does not choose values for
@@ -30,11 +30,11 @@ What is Bayesian about it
     an observation changes a belief: this needs no learning rate.
 
     Why do old memories survive? In the directions of x^1 that a write has used, the belief is firm:
-    its variance is small, and later writes change it little. And the search of a later write avoids
-    these directions, because a wrong prediction costs less where the memory is in doubt. Each write
+    its variance is small, and later writes change it little. And a later write searches its address
+    in other directions, because its theta is less unlikely where the memory is in doubt. Each write
     uses up about one of 256 directions, so the memory can hold about 256 thetas.
 
-The symbols
+The symbols, to look up
     symbol      code            shape       meaning
     P           dim                         the length of theta
     H           self.H                      the width of a hidden layer, 256
@@ -69,25 +69,26 @@ The model
 
 Two ways to read
     Only the key is known of x^0. What about the value, in E?
-        read=marginal   E leaves it out: d_0 = |k|. This is ours, and the default.
+        read=marginal   E leaves it out, as if we averaged over all values (marginalised): only the
+                        key counts, d_0 = |k|. This is ours, and the default.
         read=joint      E is minimised over the value, too. This is Yoo & Wood's. Then the value is
                         equal to its prediction, and its squared error is 0. But its elements still
                         count in d_0 log(2 pi v_0): d_0 = P.
-    What does joint recall? After a write, z U_0 z^T is about s2 for the z of this write, so v_0 is
-    about 2 s2. With c z in place of z, it is (1 + c^2) s2. So a shorter z makes the term with
-    log(v_0) smaller. It counts P elements, and this outweighs the error in the key. On glyphs, z
-    ends at c = 0.73, and what is recalled, z R_0, has the right direction but is too short. The
-    recall error is 0.31.
+    What does joint recall? Let z be that of the write. After the write, z U_0 z^T is about s2, and
+    v_0 about 2 s2. At a shorter z, c z with c < 1, v_0 is (1 + c^2) s2. So the term P log(v_0) of
+    joint is smaller there, and this outweighs the error in the key. On glyphs, the search ends at
+    c = 0.73. What is recalled, c z R_0, has the right direction but is too short, and the recall
+    error is 0.31.
 
 What is not exact
     The recall error of marginal is not 0 either, but 0.05 on glyphs. Most of it comes from the
     write: one observation moves a prediction only by the share z U_0 z^T / (s2 + z U_0 z^T) of its
     error, which is 0.96 there. Later writes change a little what earlier ones have learned. And the
-    hidden layers are only one guess. (With their beliefs, Yoo & Wood call it a particle, and can
-    have many.)
+    hidden layers are only one guess. (Yoo & Wood call a guess, together with the beliefs that
+    follow from it, a particle, and can keep many.)
 
     What do x^2 and x^3 do? With our constants, hardly anything: the search of a write leaves them
-    near zero, and W_1 and W_2 learn almost nothing. On glyphs, layers=2 recalls as well.
+    near zero, and W_1 and W_2 learn almost nothing. On glyphs, layers=2 recalls equally well.
 """
 import math
 
@@ -128,8 +129,8 @@ class BayesPCN:
         self.seed = seed
         self.s2 = sigma_obs ** 2
         self.n_written = 0
-        # The belief before the first write. R is random, because with R_0 = 0, theta could not
-        # prefer any direction of x^1. All is float64, because variances in U become very small.
+        # The belief before the first write: the means are small random numbers. All is float64,
+        # because variances in U become very small.
         widths = [dim] + [hidden] * (layers - 2)                            # of x^0, x^1, x^2
         self.R = [self.noise(l, hidden, width) for l, width in enumerate(widths)]   # (H, width)
         self.U = [sigma_prior ** 2 * torch.eye(hidden, dtype=torch.float64) for _ in widths]
@@ -144,6 +145,7 @@ class BayesPCN:
 
     def read(self, key):
         """The key (|k|,) -> theta_hat (P,)."""
+        # In a joint read, the squared error of the value is 0, but its elements count.
         d_0 = len(key) if self.read_mode == "marginal" else self.dim
         hidden = self.search(key.double(), d_0, stream=self.layers)
         x1 = hidden[0]
@@ -165,7 +167,7 @@ class BayesPCN:
         """Bayesian linear regression: changes the belief about W_l after y = z W_l + noise.
 
         The precision U_l^-1 grows by outer(z, z) / s2. The formula of Sherman and Morrison says how
-        U_l changes then, without an inverse. (The gain is that of a Kalman filter.)
+        U_l changes then, without an inverse.
         """
         R = self.R[l]
         U = self.U[l]

@@ -2,6 +2,8 @@
 
     python evaluate.py runs                 # tables: mean and standard deviation over the seeds
     python evaluate.py bench                # time, size and recall error of the memories
+
+From the tables on, you can skip this file at first. Only LEGEND there is for a new column.
 """
 import ast
 import importlib
@@ -172,7 +174,7 @@ def table(command, results):
     lines = [f"| M | seeds | {' | '.join(headings)} |", "|---" * (2 + len(headings)) + "|"]
     paper = dict(PAPER.get(command, {}))
     for (name, digest), runs in sorted(rows.items()):
-        # The digest tells this row apart from one that it should not be compared with.
+        # The digest is shown if there is another row with which this one should not be compared.
         shown = f"`{name}`"
         if any(clash(runs[0], result) for result in results):
             shown = f"`{name} ({digest})`"

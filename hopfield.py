@@ -8,15 +8,15 @@ key k_t (see split_key in lora.py). A read is one step of attention, with k as t
 
 Why does a read return what was written? K^T k compares the key k with each of the T stored keys.
 The keys are nearly orthogonal, so only the product of k with itself is large. For the modulations
-of til.py's glyphs, it is 7 to 9, and all others are below 1.4. Multiplied by beta = 25, they differ
-by more than 100, and the softmax gives the right value a weight of 1. If beta were much smaller,
-the weights would be more alike, and a read would return a mixture of all values.
+of til.py's glyphs, it is 7 to 9, and the product of two different keys is below 1.4. Multiplied by
+beta = 25, they differ by more than 100, and the softmax gives the right value a weight of 1. If
+beta were much smaller, the weights would be more alike, and a read would return a mixture.
 """
 import torch
 
 
 class Hopfield:
-    """The memory. beta is 25 in the paper (A.2 calls it temperature; it is 1 / temperature)."""
+    """The memory. beta = 1 / temperature is 25 in the paper (A.2 calls it the temperature)."""
 
     def __init__(self, dim=None, beta=25.0):
         # dim, the length of theta, is passed to every memory. This one does not use it.

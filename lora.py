@@ -30,11 +30,11 @@ class LoRALinear(nn.Module):
     def __init__(self, base):
         super().__init__()
         self.base = base
-        self.delta = None                       # (d, d); ModulatedViT.forward sets it each time
+        self.delta = None                       # (d, d); ModulatedViT.forward sets it in each call
 
     def forward(self, x):                       # (.., d) -> (.., d)
-        # W x + delta x = (W + delta) x. So one product with x is enough. (For the matrices of a
-        # language model, delta would be too large. Here it is small.)
+        # W x + delta x = (W + delta) x. So one product with x is enough. (In a language model, delta
+        # would take too much memory.)
         return F.linear(x, self.base.weight + self.delta, self.base.bias)
 
 
@@ -95,7 +95,7 @@ class ModulatedViT(nn.Module):
         A.copy_(torch.empty(A.shape).uniform_(-bound, bound, generator=generator))
         B.zero_()
 
-    # ---- speed: you can skip this --------------------------------------------------------------
+    # ---- speed: you can skip this method -------------------------------------------------------
     def graphed(self, x):
         """The same as self(x), for training on a GPU. On an H100, a step is nine times as fast.
 
@@ -112,6 +112,7 @@ class ModulatedViT(nn.Module):
         return self.graphs[batch_size](x)
 
 
+# ---- the key -----------------------------------------------------------------------------------
 def split_key(theta):
     """theta (P,) -> the key k_t, its first floor(0.1 P) elements, and the value, all others.
 
@@ -119,8 +120,8 @@ def split_key(theta):
     this value belong to a memory. They are not those of attention.)
 
     Why can a piece of theta be a key? More than half of the elements of a key belong to an A, and
-    every task begins with another random A. Training changes A, but not so much that the keys of
-    two tasks become alike: they stay nearly orthogonal, and a memory can tell them apart.
+    every task begins with another random A. Training changes A, but the keys of two tasks are still
+    nearly orthogonal (see the numbers in hopfield.py), so that a memory can tell them apart.
     """
     n = len(theta) // 10
     return theta[:n].clone(), theta[n:].clone()

@@ -131,14 +131,15 @@ def experiment(args, seed, train, test):
     if args.predict:
         return predict(args, train.classes, tasks, net, predictor, heads, keys, memory)
 
-    # Only `gt` knows the true task. The controls of til.py get the predicted task here.
+    # Only `gt` knows the true task. The controls have the same names as in til.py, but they get the
+    # predicted task here. So compare them with `local`.
     images = test.images
     t_hat, recalled = mts_inference(net, predictor, heads, images, keys, memory)
     task_ids, labels = data.task_labels(test, tasks)
     thetas = [theta for theta, _ in modulations]
     mean = [torch.stack(thetas).mean(0)] * len(tasks)
     none = [torch.zeros_like(thetas[0])] * len(tasks)
-    wrong = thetas[-1:] + thetas[:-1]                           # of the task before, as in til.py
+    wrong = thetas[-1:] + thetas[:-1]                           # wrong[t] is thetas[t - 1]
     linear_heads = evaluate.linear_heads(net, train, tasks)
     logits = {
         "gt": classify_each(net, heads, images, task_ids, thetas),
@@ -163,7 +164,7 @@ def score(logits, t_hat, task_ids, labels):
     # `local` compares the numbers of the classes, so it counts that as right, and so do the
     # controls. `strict` also compares the tasks. The paper seems to count like `local`: in two
     # columns, its FAA is higher than its Task Acc.
-    hits["local"] = hits.pop("recalled")
+    hits["local"] = hits.pop("recalled")                        # its name in the table
     hits["task"] = t_hat == task_ids
     hits["strict"] = hits["local"] & hits["task"]
     n_tasks = task_ids.max().item() + 1
@@ -180,8 +181,8 @@ def score(logits, t_hat, task_ids, labels):
 def predictor_path(args, folder):
     """The file of theta_0.
 
-    Its name stands for what only theta_0 depends on: the kind of predictor, the label smoothing,
-    and the code of this file. The name of its folder stands for the rest.
+    Its name stands for what theta_0 depends on, but the other thetas do not: the kind of predictor,
+    the label smoothing, and the code of this file. The name of its folder stands for the rest.
     """
     return folder / f"predictor-{args.predictor}-{data.digest(args.label_smoothing, CODE)}.pt"
 

@@ -8,14 +8,14 @@
 
 Read this file from top to bottom: the two algorithms, how a modulation is trained, and then
 `experiment`, which is everything that happens with one seed, from the images to the numbers of a
-row in the table. From the heading `files` on, you can skip it.
+row in the table. From the heading `files` on, you can skip it at first.
 
 What is trained is kept in a folder of runs/. With another memory, nothing is trained again, and a
 command that was stopped continues. The name of the folder stands for the options of the training,
 the images, the weights of the ViT, and the code of vit.py, lora.py, data.py and this file, without
 comments. If you change any of these, even if it is only the evaluation in this file, everything is
-trained anew in another folder. The code in other files does not count. If you put something into a
-new file that the training depends on, and change it, remove the folder.
+trained anew in another folder. Changes in other files are not noticed: if the training uses a new
+file of yours, remove the folder after each change of this file.
 """
 import math
 import os
@@ -50,10 +50,10 @@ class Modulation(NamedTuple):
 def til_training(tasks, train, memory, learn):
     """Algorithm 1: fills the empty memory, and returns the task keys K_T and the modulations.
 
-    tasks has the classes of each task, and `learn` does lines 5 and 6: see make_learn, below. The
-    modulations are returned for their heads, which are kept beside the memory, and for their
-    thetas, to be compared with what is recalled. A memory gets copies, so that `keys` stay as they
-    are, whatever the memory does with what it gets.
+    tasks has the classes of each task, train is the training part of the data set, and `learn` does
+    lines 5 and 6: see make_learn, below. The modulations are returned for their heads, which are
+    kept beside the memory, and for their thetas, to be compared with what is recalled. A memory
+    gets a copy of each key, so that `keys` stay as they are, whatever it does with what it gets.
     """
     keys = []                                                   # 2
     modulations = []
@@ -215,16 +215,17 @@ def experiment(args, seed, train, test):
     mean = torch.stack(thetas).mean(0)
     none = torch.zeros_like(mean)                               # with it, the ViT is as it was
     linear_heads = evaluate.linear_heads(net, train, tasks)
-    per_task = {}                                               # {way: [accuracy of each task]}
+    per_task = {}                               # {way to classify: [accuracy of each task]}
     for t, classes in enumerate(data.progress(tasks, "testing task")):
         images, labels = data.task(test, classes)
         head = modulations[t].head
-        logits = {                                              # of each way to classify
+        logits = {
             "gt": classify(net, head, images, thetas[t]),       # "ground truth": theta as trained
             "recalled": til_inference(net, head, images, keys[t], memory),
             "linear": classify(net, linear_heads[t], images, none),
             "mean": classify(net, head, images, mean),
-            "wrong": classify(net, head, images, thetas[t - 1]),    # of the task before
+            # The theta of the task before; for the first task, that of the last, thetas[-1].
+            "wrong": classify(net, head, images, thetas[t - 1]),
             "none": classify(net, head, images, none)}
         for way, z in logits.items():
             per_task.setdefault(way, []).append(evaluate.percent(z.argmax(1) == labels))
@@ -247,8 +248,8 @@ def make_network(args, seed, train, test):
     content = train.images, train.labels, test.images, test.labels, *backbone.parameters()
     digest = data.digest(options, CODE, *content)
     run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
-    # On a GPU, W is bfloat16. That is too coarse for the small steps of AdamW, so theta and the
-    # heads stay float32.
+    # On a GPU, W is bfloat16 (see set_up_torch). That is too coarse for AdamW's small steps, so theta
+    # and the heads stay float32.
     for weight in backbone.parameters():
         weight.data = weight.data.to(getattr(torch, args.dtype))
     net = lora.ModulatedViT(backbone.to(args.device), args.rank, args.alpha)
@@ -256,7 +257,7 @@ def make_network(args, seed, train, test):
 
 
 def predict(args, names, tasks, net, keys, modulations, memory):
-    """Algorithm 2 on the picture --predict, as one of the task --task."""
+    """Algorithm 2 on the picture --predict, as an image of the task --task."""
     t = args.task - 1
     image = data.picture(args.predict, args.image_size)
     logits = til_inference(net, modulations[t].head, image[None], keys[t], memory)
@@ -276,7 +277,8 @@ CODE = {name: data.digest_of_code(name) for name in ("vit.py", "lora.py", "data.
 # the digest, also those that you add.
 NOT_FOR_THETA = {"memory", "predictor", "label_smoothing", "seeds", "weights", "data_dir", "out",
                  "predict", "task", "row"}
-# These options are not in the name of a row: they are in its heading, or the digest tells them.
+# These options are not added to the name of a row: they are elsewhere in the table, or do not matter
+# for it. (The memory is the first word of the name.)
 NOT_IN_ROW = {"dataset", "splits", "memory", "seeds", "weights", "data_dir", "out", "device",
               "predict", "task"}
 
@@ -345,7 +347,7 @@ def parse(parser):
     backbone = args.backbone or ("vit_micro" if glyphs else "vit_ti_16")
     size = vit.CONFIGS[backbone].image_size
     if glyphs and backbone == "vit_micro":
-        size = 32                               # half of its pixels are enough, and quicker
+        size = 32                               # in place of 64: it is enough, and quicker
     parser.set_defaults(backbone="vit_micro" if glyphs else "vit_ti_16", image_size=size,
                         batch_size=6 if glyphs else 64)
     args = parser.parse_args()

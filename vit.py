@@ -102,8 +102,8 @@ class ViT(nn.Module):
         """From uint8 images (B, 3, h, w) to the input of `forward` (B, 3, s, s).
 
         flip: bool (B,), which images to mirror.
-        crop: float (B, 3), a square window (side, x, y) for each image. An image spans [-1, 1] in
-            x and in y. (x, y) is the centre of the window, and side is 1 for the whole image.
+        crop: float (B, 3), a square window (side, x, y) for each image. side is the side of the
+            window as a share of the image's. (x, y) is its centre; the image spans [-1, 1].
         """
         x = images.float() / 255
         if flip is not None:
@@ -126,7 +126,7 @@ def cut_out(x, crop, size):
     # grid_sample does not smooth what it makes smaller. So we first resize images that are larger.
     if x.shape[-1] > size:
         x = resize(x, size)
-    # A point p of the window shows the point side * p + centre of the image.
+    # The output at a point p of [-1, 1] x [-1, 1] is the image at side * p + centre.
     side, centre = crop[:, :1, None], crop[:, 1:, None]             # (B, 1, 1), (B, 2, 1)
     scale = side * torch.eye(2, device=x.device)                    # (B, 2, 2)
     window = torch.cat([scale, centre], dim=2)                      # (B, 2, 3)
