@@ -33,8 +33,8 @@ class LoRALinear(nn.Module):
         self.delta = None                       # (d, d); ModulatedViT.forward sets it in each call
 
     def forward(self, x):                       # (.., d) -> (.., d)
-        # W x + delta x = (W + delta) x. So one product with x is enough. (In a language model, delta
-        # would take too much memory.)
+        # W x + delta x = (W + delta) x. So one product with x is enough. (In a language model, a
+        # delta of this size would take too much memory.)
         return F.linear(x, self.base.weight + self.delta, self.base.bias)
 
 

@@ -248,8 +248,8 @@ def make_network(args, seed, train, test):
     content = train.images, train.labels, test.images, test.labels, *backbone.parameters()
     digest = data.digest(options, CODE, *content)
     run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
-    # On a GPU, W is bfloat16 (see set_up_torch). That is too coarse for AdamW's small steps, so theta
-    # and the heads stay float32.
+    # On a GPU, W is bfloat16 (see set_up_torch). That is too coarse for AdamW's small steps, so
+    # theta and the heads stay float32.
     for weight in backbone.parameters():
         weight.data = weight.data.to(getattr(torch, args.dtype))
     net = lora.ModulatedViT(backbone.to(args.device), args.rank, args.alpha)
@@ -277,8 +277,8 @@ CODE = {name: data.digest_of_code(name) for name in ("vit.py", "lora.py", "data.
 # the digest, also those that you add.
 NOT_FOR_THETA = {"memory", "predictor", "label_smoothing", "seeds", "weights", "data_dir", "out",
                  "predict", "task", "row"}
-# These options are not added to the name of a row: they are elsewhere in the table, or do not matter
-# for it. (The memory is the first word of the name.)
+# These options are not added to the name of a row: they are elsewhere in the table, or do not
+# matter for it. (The memory is the first word of the name.)
 NOT_IN_ROW = {"dataset", "splits", "memory", "seeds", "weights", "data_dir", "out", "device",
               "predict", "task"}
 
