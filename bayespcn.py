@@ -29,10 +29,10 @@ What is Bayesian about it
     All that was ever written is in these beliefs, so the memory does not grow. Bayes' rule says how
     an observation changes a belief: this needs no learning rate.
 
-    Why do old memories survive? In the directions of x^1 that a write has used, the belief is firm:
-    its variance is small, and later writes change it little. And a later write searches its address
-    in other directions, because its theta is less unlikely where the memory is in doubt. Each write
-    uses up about one of 256 directions, so the memory can hold about 256 thetas.
+    Why do old memories survive? In the direction of GELU(x^1) that a write has used, the belief is
+    firm: its variance is small, and later writes change it little. And the search of a later write
+    ends in another direction, because its theta is less unlikely where the memory is in doubt. Each
+    write uses up about one of 256 directions, so the memory can hold about 256 thetas.
 
 The symbols, to look up
     symbol      code            shape       meaning
