@@ -191,7 +191,7 @@ def make_learn(args, seed, net, folder, tasks):
         generator = data.generator(seed, t + 1)
         modulation = find_or_train(
             paths[t], net, images, labels, len(tasks[t]), recipe, generator)
-        if missing and t == missing[0]:
+        if len(missing) > 1 and t == missing[0]:
             seconds = (len(missing) - 1) * (time.perf_counter() - start)
             print(f"the other tasks will take about {seconds:.0f} s", flush=True)
         return modulation
