@@ -13,26 +13,26 @@ The idea
                        | W_0                                | W_0
         x^0   [ key |   value   ]  known          [ key |     ?     ]  the key is known
 
-    A write is given theta, and a read only its key. Both begin with the same kind of search: which
-    values of the hidden layers x^1, x^2, x^3 explain best what is known?
-        - In a write, no hidden layers explain a new theta well. Those that the search finds only
-          become its address. The write treats them as if they had been observed, and changes what
-          the memory believes about the weights. After that, this x^1 predicts theta.
-        - A read lets the x^1 that it has found predict the value.
-    Why should a read find the x^1 of the write? The key has thousands of elements, and x^1 has only
-    256. So hardly any x^1 predicts the key, but that of the write does. In our runs, the search of
-    a read has found it, or at least its direction (see "Two ways to read").
+    A write is given theta, and a read only its key. Both begin with the same search: which values
+    of the hidden layers x^1, x^2, x^3 explain best what is known?
+        - A write stores theta. No values explain a new theta well. Those that the search finds
+          become its address: the write changes the weights, so that from now on, this x^1 predicts
+          this theta.
+        - A read finds the address again, from the key. A key has thousands of elements, and x^1 has
+          only 256, so hardly any other x^1 predicts this key. Then x^1 also predicts the value.
 
 What is Bayesian about it
     Each prediction is a linear regression with weights W_l. The memory does not choose values for
-    them. It has a belief about them: a normal distribution with a mean R_l and a covariance U_l.
-    All that was ever written is in these beliefs, so the memory does not grow. Bayes' rule says how
-    an observation changes a belief: this needs no learning rate.
+    the weights. It has a belief about them: a normal distribution with a mean R_l and a covariance
+    U_l. When the search of a write is done, its hidden layers count as observed, and Bayes' rule
+    says how this observation changes the belief. That is one step, without a learning rate.
 
-    Why do old memories survive? In the direction of GELU(x^1) that a write has used, the belief is
-    firm: its variance is small, and later writes change it little. And the search of a later write
-    ends in another direction, because its theta is less unlikely where the memory is in doubt. Each
-    write uses up about one of 256 directions, so the memory can hold about 256 thetas.
+    Why do later writes not destroy what earlier ones have stored? Theta is predicted from
+    z = GELU(x^1), as z R_0. In the direction of a z that was used before, the memory is sure of its
+    prediction, so a new theta is very unlikely there. In an unused direction, the memory is in
+    doubt, and any theta is possible. So the search for a new theta ends in an unused direction,
+    and the update changes little in the used ones. Each write uses up about one of the 256
+    directions of z. So 256 thetas fit. If there are more, the recall of all of them suffers.
 
 The symbols, to look up
     symbol      code            shape       meaning
@@ -69,26 +69,23 @@ The model
 
 Two ways to read
     Only the key is known of x^0. What about the value, in E?
-        read=marginal   E leaves it out, as if we averaged over all values (marginalised): only the
-                        key counts, d_0 = |k|. This is ours, and the default.
-        read=joint      E is minimised over the value, too. This is Yoo & Wood's. Then the value is
-                        equal to its prediction, and its squared error is 0. But its elements still
-                        count in d_0 log(2 pi v_0): d_0 = P.
-    What does joint recall? Let z be that of the write. After the write, z U_0 z^T is about s2, and
-    v_0 about 2 s2. At a shorter z, c z with c < 1, v_0 is (1 + c^2) s2. So the term P log(v_0) of
-    joint is smaller there, and this outweighs the error in the key. On glyphs, the search ends at
-    c = 0.73. What is recalled, c z R_0, has the right direction but is too short, and the recall
-    error is 0.31.
+        read=marginal   Only the key counts, so d_0 = |k|. This is the same as averaging over all
+                        values. It is ours, and the default.
+        read=joint      E is minimised over the value, too. This is Yoo & Wood's read. The value is
+                        then equal to its prediction, and its squared error is 0. But its elements
+                        count in d_0 log(2 pi v_0), so d_0 = P.
+    The recall of joint has the right direction, but it is too short: a shorter z makes v_0 smaller,
+    and with d_0 = P, this matters more than the error in the key. On glyphs, 30 % of the length is
+    missing. (An exercise derives by how much.)
 
 What is not exact
-    The recall error of marginal is not 0 either, but 0.05 on glyphs. Most of it comes from the
-    write: one observation moves a prediction only by the share z U_0 z^T / (s2 + z U_0 z^T) of its
-    error, which is 0.96 there. Later writes change a little what earlier ones have learned. And the
-    hidden layers are only one guess. (Yoo & Wood call a guess, together with the beliefs that
-    follow from it, a particle, and can keep many.)
+    With marginal, 5 % of the length is missing on glyphs. Most of it was never learned: one
+    observation corrects only a part of the error of a prediction, z U_0 z^T / (s2 + z U_0 z^T),
+    which is 96 % here. Also, the hidden layers are only one guess. (Yoo & Wood call a guess with
+    the beliefs that follow from it a particle, and can keep many.)
 
-    What do x^2 and x^3 do? With our constants, hardly anything: the search of a write leaves them
-    near zero, and W_1 and W_2 learn almost nothing. On glyphs, layers=2 recalls equally well.
+    The upper layers hardly matter here: W_1 and W_2 learn almost nothing, and with layers=2, recall
+    is equally good. There are four layers because the paper has four.
 """
 import math
 

@@ -7,7 +7,8 @@ that you can try everything without a download. `folder` reads pictures of your 
     tasks = split(100, 20, seed=0)                      # 20 lists of 5 classes
     images, labels = task(train, tasks[0])              # D_t, the images of the first task
 
-The last part has the few lines that read and write files, and that talk to the terminal.
+For an exercise, you need `Images` and the part `tasks`. From `files` on, you can skip this file at
+first: what is there reads and writes files, and talks to the terminal.
 """
 import argparse
 import ast

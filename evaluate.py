@@ -3,7 +3,7 @@
     python evaluate.py runs                 # tables: mean and standard deviation over the seeds
     python evaluate.py bench                # time, size and recall error of the memories
 
-From the tables on, you can skip this file at first. Only LEGEND there is for a new column.
+From the tables on, you can skip this file at first. If you add a column, explain it in LEGEND.
 """
 import ast
 import importlib
@@ -126,10 +126,9 @@ def logistic_regression(x, y, n_classes, penalty=0.03):
 
 
 # ---- tables ------------------------------------------------------------------------------------
-# The paper's Tables 1 and A1: {command: {name of the row, such as "bayespcn": {heading: cell}}}.
+# The paper's Tables 1 and A1: {command: {name of the row, such as "hopfield": {heading: cell}}}.
 PAPER = json.loads((Path(__file__).parent / "results/paper.json").read_text("utf-8"))
-# What the columns mean. Their headings are the names of the "figures" in the results, so a new
-# column needs no line here. But explain it.
+# What the columns mean. The headings are the names of the "figures" in the results.
 LEGEND = {
     "Task Acc": "images whose task is predicted right, in percent",
     "FAA_GT": "accuracy in percent, averaged over the tasks, with the task known and the "

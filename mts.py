@@ -45,7 +45,7 @@ def mts_inference(net, predictor, heads, images, keys, memory):
 def classify_each(net, heads, images, task_ids, thetas):
     """Logits (n, classes of a task): image i is classified with theta and head of task_ids[i].
 
-    thetas and heads have those of each task. thetas can be a list or a dictionary.
+    thetas[t] and heads[t] belong to task t. thetas can be a list or a dictionary.
     """
     logits = torch.empty(len(images), heads[0].out_features)
     for t in task_ids.unique().tolist():
@@ -134,7 +134,7 @@ def experiment(args, seed, train, test):
     # Only `gt` knows the true task. The controls have the same names as in til.py, but they get the
     # predicted task here. So compare them with `local`.
     images = test.images
-    t_hat, recalled = mts_inference(net, predictor, heads, images, keys, memory)
+    t_hat, local = mts_inference(net, predictor, heads, images, keys, memory)
     task_ids, labels = data.task_labels(test, tasks)
     thetas = [theta for theta, _ in modulations]
     mean = [torch.stack(thetas).mean(0)] * len(tasks)
@@ -143,7 +143,7 @@ def experiment(args, seed, train, test):
     linear_heads = evaluate.linear_heads(net, train, tasks)
     logits = {
         "gt": classify_each(net, heads, images, task_ids, thetas),
-        "recalled": recalled,
+        "local": local,                                         # see `score`
         "linear": classify_each(net, linear_heads, images, t_hat, none),
         "mean": classify_each(net, heads, images, t_hat, mean),
         "wrong": classify_each(net, heads, images, t_hat, wrong),
@@ -164,7 +164,6 @@ def score(logits, t_hat, task_ids, labels):
     # `local` compares the numbers of the classes, so it counts that as right, and so do the
     # controls. `strict` also compares the tasks. The paper seems to count like `local`: in two
     # columns, its FAA is higher than its Task Acc.
-    hits["local"] = hits.pop("recalled")                        # its name in the table
     hits["task"] = t_hat == task_ids
     hits["strict"] = hits["local"] & hits["task"]
     n_tasks = task_ids.max().item() + 1
@@ -181,8 +180,8 @@ def score(logits, t_hat, task_ids, labels):
 def predictor_path(args, folder):
     """The file of theta_0.
 
-    Its name stands for what theta_0 depends on, but the other thetas do not: the kind of predictor,
-    the label smoothing, and the code of this file. The name of its folder stands for the rest.
+    Its name stands for what matters for theta_0 alone: the kind of predictor, the label smoothing,
+    and the code of this file. What matters for all thetas is in the name of the folder.
     """
     return folder / f"predictor-{args.predictor}-{data.digest(args.label_smoothing, CODE)}.pt"
 

@@ -10,12 +10,14 @@ Read this file from top to bottom: the two algorithms, how a modulation is train
 `experiment`, which is everything that happens with one seed, from the images to the numbers of a
 row in the table. From the heading `files` on, you can skip it at first.
 
-What is trained is kept in a folder of runs/. With another memory, nothing is trained again, and a
-command that was stopped continues. The name of the folder stands for the options of the training,
-the images, the weights of the ViT, and the code of vit.py, lora.py, data.py and this file, without
-comments. If you change any of these, even if it is only the evaluation in this file, everything is
-trained anew in another folder. Changes in other files are not noticed: if the training uses a new
-file of yours, remove the folder after each change of this file.
+What is trained is kept in a folder of runs/. With another memory, nothing is trained again. If you
+start a stopped command once more, it goes on where it was.
+
+The name of the folder stands for the options of the training, the images, the weights of the ViT,
+and the code of vit.py, lora.py, data.py and this file, without comments. If you change any of
+these, even if it is only the evaluation in this file, everything is trained anew in another folder.
+Changes in other files are not noticed: if the training uses a new file of yours, remove the folder
+after each change of this file.
 """
 import math
 import os
@@ -40,7 +42,7 @@ WEIGHT_DECAY = 0.1                              # paper, A.2
 
 
 class Modulation(NamedTuple):
-    """What is trained for a task: theta_t, and the classifier that belongs to it."""
+    """What is trained for a task. The paper's modulation is theta alone, but it needs its head."""
     theta: torch.Tensor                         # (P,), float32, on the CPU
     head: nn.Linear                             # class tokens (n, d) -> logits (n, outputs)
 
@@ -51,9 +53,8 @@ def til_training(tasks, train, memory, learn):
     """Algorithm 1: fills the empty memory, and returns the task keys K_T and the modulations.
 
     tasks has the classes of each task, train is the training part of the data set, and `learn` does
-    lines 5 and 6: see make_learn, below. The modulations are returned for their heads, which are
-    kept beside the memory, and for their thetas, to be compared with what is recalled. A memory
-    gets a copy of each key, so that `keys` stay as they are, whatever it does with what it gets.
+    lines 5 and 6: see make_learn, below. The paper returns the keys alone. We also return the
+    heads, which are kept beside the memory, and the thetas, to compare them with what is recalled.
     """
     keys = []                                                   # 2
     modulations = []
@@ -62,7 +63,7 @@ def til_training(tasks, train, memory, learn):
         modulation = learn(t, images, labels)                   # 5, 6
         key, value = lora.split_key(modulation.theta)           # 7: k_t, which A.1 calls v_t
         keys.append(key)                                        # 8
-        memory.write(key.clone(), value)                        # 9
+        memory.write(key.clone(), value)                        # 9, a copy: nobody changes `keys`
         modulations.append(modulation)
     return keys, modulations                                    # 11
 
@@ -203,7 +204,7 @@ def experiment(args, seed, train, test):
     """Runs Algorithm 1, then Algorithm 2 and the controls: the numbers of a row in the table."""
     start = time.perf_counter()
     tasks = data.split(len(train.classes), args.splits, seed)
-    net, folder = make_network(args, seed, train, test)
+    net, folder = make_network(args, seed, train, test)         # folder: for what is trained
     memory = evaluate.make_memory(args.memory, len(net.theta))
     learn = make_learn(args, seed, net, folder, tasks)
     keys, modulations = til_training(tasks, train, memory, learn)
@@ -244,6 +245,7 @@ def experiment(args, seed, train, test):
 def make_network(args, seed, train, test):
     """The network that all tasks share, and the folder for what is trained with it."""
     backbone = vit.load(args.backbone, args.weights, args.image_size)
+    # NOT_FOR_THETA and CODE are explained under `files`, below.
     options = {name: value for name, value in vars(args).items() if name not in NOT_FOR_THETA}
     content = train.images, train.labels, test.images, test.labels, *backbone.parameters()
     digest = data.digest(options, CODE, *content)
@@ -272,9 +274,9 @@ def print_classes(logits, names):
 
 # ---- files -------------------------------------------------------------------------------------
 CODE = {name: data.digest_of_code(name) for name in ("vit.py", "lora.py", "data.py", "til.py")}
-# These options are not in the digest: they do not change theta, or count in another way. The seed
-# is in the folder's name, and of weights and data_dir, the content counts. All other options are in
-# the digest, also those that you add.
+# These options are not in the digest. Most of them do not change theta. The seed does, but it is
+# in the folder's name. Of the files in weights and data_dir, the content counts. All other options
+# are in the digest, also those that you add.
 NOT_FOR_THETA = {"memory", "predictor", "label_smoothing", "seeds", "weights", "data_dir", "out",
                  "predict", "task", "row"}
 # These options are not added to the name of a row: they are elsewhere in the table, or do not
@@ -390,7 +392,8 @@ def set_up_torch(args):
     torch.utils.deterministic.fill_uninitialized_memory = False     # we never read such memory
     # Lets a GPU compute float32 products with TF32, which is faster, and precise enough.
     torch.set_float32_matmul_precision("high")
-    warnings.filterwarnings("ignore", module="torch.autograd")      # while a graph is recorded
+    # PyTorch warns when it records a CUDA graph (lora.py), but what it warns of does no harm here.
+    warnings.filterwarnings("ignore", module="torch.autograd")
 
 
 def main(parser, run_one_seed):
