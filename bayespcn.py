@@ -13,30 +13,32 @@ The idea
                        | W_0                                | W_0
         x^0   [ key |   value   ]  known          [ key |     ?     ]  the key is known
 
-    A write is given theta, and a read only its key. Both begin with the same search: which values
-    of the hidden layers x^1, x^2, x^3 explain best what is known?
-        - A write stores theta. No values explain a new theta well. Those that the search finds
-          become its address: the write changes the weights, so that from now on, this x^1 predicts
-          this theta.
+    A write is given theta, and a read only its key. Both begin with the same search: which numbers
+    in the hidden layers x^1, x^2, x^3 explain best what is known?
+        - A write stores theta. As no x^1 predicts a new theta yet, the search finds one about whose
+          prediction the memory is unsure. This x^1 becomes the address of theta: the write changes
+          the weights, so that from now on, it predicts theta, both the key and the value.
         - A read finds the address again, from the key. A key has thousands of elements, and x^1 has
-          only 256, so hardly any other x^1 predicts this key. Then x^1 also predicts the value.
+          only 256, so hardly any other x^1 predicts this key. (Nothing guarantees that a search
+          finds it, but in our runs, it did.) Then the read lets this x^1 predict the value.
 
 What is Bayesian about it
-    Each prediction is a linear regression with weights W_l. The memory does not choose values for
-    the weights. It has a belief about them: a normal distribution with a mean R_l and a covariance
+    Each prediction is a linear regression with weights W_l. The memory does not decide what the
+    weights are. It has a belief about them: a normal distribution with a mean R_l and a covariance
     U_l. When the search of a write is done, its hidden layers count as observed, and Bayes' rule
     says how this observation changes the belief. That is one step, without a learning rate.
 
     Why do later writes not destroy what earlier ones have stored? Theta is predicted from
     z = GELU(x^1), as z R_0. In the direction of a z that was used before, the memory is sure of its
-    prediction, so a new theta is very unlikely there. In an unused direction, the memory is in
-    doubt, and any theta is possible. So the search for a new theta ends in an unused direction,
-    and the update changes little in the used ones. Each write uses up about one of the 256
-    directions of z. So 256 thetas fit. If there are more, the recall of all of them suffers.
+    prediction (its variance v_0, below, is small), so a new theta is very unlikely there. In an
+    unused direction, the memory is in doubt, and any theta is possible. So the search for a new
+    theta ends in an unused direction, and the update changes little in the used ones. Each write
+    uses up about one of the 256 directions of z. So about 256 thetas fit. If there are more, the
+    recall of all of them suffers.
 
 The symbols, to look up
     symbol      code            shape       meaning
-    P           dim                         the length of theta
+    P           dim                         how many elements theta has
     H           self.H                      the width of a hidden layer, 256
     x^0         x0              (P,)        theta; in a read, its first |k| elements, the key
     x^1 ..      hidden, x[1] .. (H,)        the hidden layers
@@ -70,22 +72,27 @@ The model
 Two ways to read
     Only the key is known of x^0. What about the value, in E?
         read=marginal   Only the key counts, so d_0 = |k|. This is the same as averaging over all
-                        values. It is ours, and the default.
+                        that the value could be. It is ours, and the default.
         read=joint      E is minimised over the value, too. This is Yoo & Wood's read. The value is
-                        then equal to its prediction, and its squared error is 0. But its elements
-                        count in d_0 log(2 pi v_0), so d_0 = P.
-    The recall of joint has the right direction, but it is too short: a shorter z makes v_0 smaller,
-    and with d_0 = P, this matters more than the error in the key. On glyphs, 30 % of the length is
-    missing. (An exercise derives by how much.)
+                        then equal to its prediction, and its squared error is 0. But each of its
+                        elements still adds log(2 pi v_0), so d_0 = P.
+    What joint recalls has the right direction, but it is too short: on glyphs, it has 70 % of the
+    length. A shorter z makes v_0 smaller. It also makes the error in the key larger, but the key is
+    only a tenth of theta, and log(v_0) is added for all elements of theta. (Exercise 18 derives how
+    short z becomes.)
 
 What is not exact
-    With marginal, 5 % of the length is missing on glyphs. Most of it was never learned: one
-    observation corrects only a part of the error of a prediction, z U_0 z^T / (s2 + z U_0 z^T),
-    which is 96 % here. Also, the hidden layers are only one guess. (Yoo & Wood call a guess with
-    the beliefs that follow from it a particle, and can keep many.)
+    What marginal recalls has 95 % of the length, because a write does not learn all. The search of
+    a write makes v_0 = s2 + z U_0 z^T about as large as the mean square of theta's elements, which
+    is 25 s2 on glyphs. Then one observation corrects the share z U_0 z^T / v_0 of the error of a
+    prediction, which is 24/25 = 96 %.
 
-    The upper layers hardly matter here: W_1 and W_2 learn almost nothing, and with layers=2, recall
-    is equally good. There are four layers because the paper has four.
+    Also, the hidden layers are only one guess. Yoo & Wood can keep many guesses, each with a belief
+    of its own. They call such a pair a particle.
+
+    The upper layers hardly matter here. The search of a write leaves x^2 and x^3 near 0, so W_1 and
+    W_2 learn almost nothing, and with layers=2, recall is equally good. We have four layers because
+    the paper has.
 """
 import math
 
@@ -99,13 +106,13 @@ class BayesPCN:
     """A memory for about `hidden` vectors theta of `dim` elements.
 
     As in the paper (A.2): 4 layers, GELU, and for reads, 500 steps of Adam with a learning rate of
-    0.01. For the rest, the paper refers to the defaults of Yoo & Wood. Ours may differ from them:
-    256 hidden units, the two sigmas, and the same search for a write.
+    0.01. For the rest, the paper refers to the defaults of Yoo & Wood. Ours may differ from them
+    in the width of 256, in the two sigmas, and in the search of a write, which is as in a read.
     Not as in the paper: the learning rate falls during a search, a search ends when E hardly
     changes, and the learning rate of 0.0001 for weights in a write is not needed.
 
     seed: for the random numbers of this class. It has nothing to do with the seeds of til.py.
-    trace: E at each step of the last search.
+    The attribute trace has E at each step of the last search.
     Raises Mistake for an option out of range.
     """
 
@@ -142,7 +149,7 @@ class BayesPCN:
 
     def read(self, key):
         """The key (|k|,) -> theta_hat (P,)."""
-        # In a joint read, the squared error of the value is 0, but its elements count.
+        # In a joint read, the elements of the value count, although their squared error is 0.
         d_0 = len(key) if self.read_mode == "marginal" else self.dim
         hidden = self.search(key.double(), d_0, stream=self.layers)
         x1 = hidden[0]
@@ -179,7 +186,8 @@ class BayesPCN:
     def search(self, x0, d_0, stream):
         """The hidden layers x^1, x^2, x^3 (3, H) at which a search for the minimum of E ends.
 
-        x0 is theta (P,), or a key (|k|,). The search begins at the random numbers of `stream`.
+        x0 is theta (P,), or a key (|k|,). The search begins at the random numbers of `stream` (see
+        `noise`).
         """
         hidden = self.noise(stream, self.layers - 1, self.H).requires_grad_()
         error_0 = self.squared_error(x0)
@@ -209,7 +217,8 @@ class BayesPCN:
     def energy(self, hidden, error_0, d_0):
         """E for the hidden layers x^1, x^2, x^3 (3, H). The sum begins at the top layer.
 
-        error_0(z) is |x^0 - z R_0|^2, and d_0 says how many elements of x^0 are counted.
+        error_0(z) is |x^0 - z R_0|^2 over what is known of x^0. d_0 says how many elements of x^0
+        count.
         """
         x = [None, *hidden]                                         # so x[l] is x^l
         top = self.layers - 1

@@ -4,11 +4,11 @@ CIFAR-100 and TinyImageNet are those of the paper (section 4). `glyphs` is drawn
 that you can try everything without a download. `folder` reads pictures of your own.
 
     train, test = load("cifar100", "data")
-    tasks = split(100, 20, seed=0)                      # 20 lists of 5 classes
+    tasks = split(100, 20, seed=0)                      # 20 lists of 5 class numbers
     images, labels = task(train, tasks[0])              # D_t, the images of the first task
 
-For an exercise, you need `Images` and the part `tasks`. From `files` on, you can skip this file at
-first: what is there reads and writes files, and talks to the terminal.
+For an exercise, you need only `Images` and the part `tasks`. What is between them reads and draws
+the data sets. From `files` on, the program reads and writes files, and talks to the terminal.
 """
 import argparse
 import ast
@@ -205,9 +205,9 @@ def glyphs(data_dir, n_train=22, n_test=8):
 
     The mirror images are there because training mirrors pictures, which must not change the class.
 
-    If the controls were as good as the modulations, glyphs would teach us nothing. So how they look
-    was tuned, and n_train was chosen on --validate, until `none` was at least 15 points below FAA,
-    and `wrong` at least 10.
+    If the controls were as good as the modulations, glyphs would teach us nothing. So the look of
+    the glyphs was tuned, and n_train was chosen on --validate, until `none` was at least 15 points
+    below FAA_GT, and `wrong` at least 10.
     """
     classes = [f"glyph {label:02d}" for label in range(100)]
     parts = []

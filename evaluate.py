@@ -3,7 +3,8 @@
     python evaluate.py runs                 # tables: mean and standard deviation over the seeds
     python evaluate.py bench                # time, size and recall error of the memories
 
-From the tables on, you can skip this file at first. If you add a column, explain it in LEGEND.
+From the tables on, you can skip this file at first. (A new column is a new entry of `figures` in
+til.py or mts.py. Explain it in LEGEND here. `cell` decides how many digits are shown.)
 """
 import ast
 import importlib
@@ -42,7 +43,9 @@ def recall_error(theta_hat, theta):
 
 # ---- memories ----------------------------------------------------------------------------------
 def make_memory(text, dim):
-    """An empty memory from NAME[:OPTION=VALUE,..]: the class NAME of NAME.py, in any letter case.
+    """An empty memory from NAME[:OPTION=VALUE,..]: the class NAME in NAME.py.
+
+    Upper and lower case do not matter in the class's name, and underscores do not, either.
 
     "bayespcn:read=joint" is BayesPCN(dim, read="joint") of bayespcn.py, where dim is the length of
     theta. Raises Mistake if there is no such memory or option.
@@ -51,8 +54,8 @@ def make_memory(text, dim):
     if not name.isidentifier() or not Path(__file__).with_name(f"{name}.py").exists():
         raise data.Mistake(f"there is no memory {name}: no file {name}.py beside til.py")
     module = importlib.import_module(name)
-    classes = {word.lower(): thing for word, thing in vars(module).items()}
-    memory = classes.get(name.lower())
+    classes = {word.replace("_", "").lower(): thing for word, thing in vars(module).items()}
+    memory = classes.get(name.replace("_", "").lower())
     if not hasattr(memory, "write"):
         raise data.Mistake(f"there is no memory in {name}.py: no class {name} with `write`")
     defaults = {option: parameter.default
@@ -103,8 +106,8 @@ def linear_heads(net, train, tasks):
 def logistic_regression(x, y, n_classes, penalty=0.03):
     """Weights (n_classes, d) and biases (n_classes,) that predict y (n,) from x (n, d).
 
-    They minimise cross-entropy + penalty / 2 |W|^2, where W is for z, the standardised x, so that
-    the penalty treats all features alike. This penalty was chosen on --validate.
+    They minimise cross-entropy + penalty / 2 |W|^2, where W are the weights for the standardised x,
+    so that the penalty treats all features alike. This penalty was chosen on --validate.
     """
     mean = x.mean(0)
     std = x.std(0) + 1e-6

@@ -7,10 +7,11 @@ Here (+) joins two vectors, and theta_t / k_t is the paper's sign for the value:
 key k_t (see split_key in lora.py). A read is one step of attention, with k as the query.
 
 Why does a read return what was written? K^T k compares the key k with each of the T stored keys.
-The keys are nearly orthogonal, so only the product of k with itself is large. For the modulations
-of til.py's glyphs, it is 7 to 9, and the product of two different keys is below 1.4. Multiplied by
-beta = 25, they differ by more than 100, and the softmax gives the right value a weight of 1. If
-beta were much smaller, the weights would be more alike, and a read would return a mixture.
+The keys are nearly orthogonal, so only the product of k with itself is large. (The keys do not have
+length 1: with til.py's glyphs, k^T k is 7 to 9, and the product of two different keys is below
+1.4.) Multiplied by beta = 25, these products differ by more than 100, and the softmax gives the
+right value a weight of 1. If beta were much smaller, the weights would be more alike, and a read
+would return a mixture.
 """
 import torch
 

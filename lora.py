@@ -33,9 +33,9 @@ class LoRALinear(nn.Module):
         self.delta = None                       # (d, d); ModulatedViT.forward sets it in each call
 
     def forward(self, x):                       # (.., d) -> (.., d)
-        # W x + delta x = (W + delta) x. So one product with x is enough. (In a language model, a
-        # delta of this size would take too much memory.) On a GPU, W is bfloat16, and the sum is
-        # rounded to it. We have compared both ways: the accuracy is the same.
+        # W x + delta x = (W + delta) x. So one product with x is enough, in place of those with W,
+        # A and B. (In a language model, a delta of this size would take too much memory.) On a GPU,
+        # where W is bfloat16, the sum is rounded to it: this has not changed the accuracy.
         return F.linear(x, self.base.weight + self.delta, self.base.bias)
 
 
@@ -71,7 +71,7 @@ class ModulatedViT(nn.Module):
         A, B = pairs.unbind(1)                                      # (2 L, r d) each
         return A.view(-1, self.rank, d), B.view(-1, d, self.rank)
 
-    def forward(self, x):               # prepared images (B, 3, s, s) -> class tokens (B, d)
+    def forward(self, x):               # prepared images (n, 3, s, s) -> class tokens (n, d)
         A, B = self.factors()
         deltas = self.scale * (B @ A)           # (2 L, d, d), for all layers at once
         deltas = deltas.to(x.dtype)             # x has the dtype of W
@@ -120,9 +120,10 @@ def split_key(theta):
     The paper (section 3.1) writes the value theta_t / k_t, which is not a division. (This key and
     this value belong to a memory. They are not those of attention.)
 
-    Why can a piece of theta be a key? More than half of the elements of a key belong to an A, and
-    every task begins with another random A. Training changes A, but the keys of two tasks are still
-    nearly orthogonal (see the numbers in hopfield.py), so that a memory can tell them apart.
+    Why can a piece of theta be a key? More than half of the elements of a key belong to an A (with
+    12 blocks, it has almost three A and two B), and every task begins with another random A.
+    Training changes A, but the keys of two tasks are still nearly orthogonal (see the numbers in
+    hopfield.py), so that a memory can tell them apart.
     """
     n = len(theta) // 10
     return theta[:n].clone(), theta[n:].clone()

@@ -131,8 +131,8 @@ def experiment(args, seed, train, test):
     if args.predict:
         return predict(args, train.classes, tasks, net, predictor, heads, keys, memory)
 
-    # Only `gt` knows the true task. The controls have the same names as in til.py, but they get the
-    # predicted task here. So compare them with `local`.
+    # Only `gt` knows the true task. The controls have the same names as in til.py, but here, they
+    # use the head and the theta of the predicted task. So compare them with `local`.
     images = test.images
     t_hat, local = mts_inference(net, predictor, heads, images, keys, memory)
     task_ids, labels = data.task_labels(test, tasks)
@@ -163,7 +163,7 @@ def score(logits, t_hat, task_ids, labels):
     # Example: the truth is class 2 of task 7. The predictor says task 3, and head 3 says class 2.
     # `local` compares the numbers of the classes, so it counts that as right, and so do the
     # controls. `strict` also compares the tasks. The paper seems to count like `local`: in two
-    # columns, its FAA is higher than its Task Acc.
+    # columns, its FAA is higher than its Task Acc, which `strict` can never be.
     hits["task"] = t_hat == task_ids
     hits["strict"] = hits["local"] & hits["task"]
     n_tasks = task_ids.max().item() + 1
@@ -180,7 +180,7 @@ def score(logits, t_hat, task_ids, labels):
 def predictor_path(args, folder):
     """The file of theta_0.
 
-    Its name stands for what matters for theta_0 alone: the kind of predictor, the label smoothing,
+    Its name stands for what matters only for theta_0: the kind of predictor, the label smoothing,
     and the code of this file. What matters for all thetas is in the name of the folder.
     """
     return folder / f"predictor-{args.predictor}-{data.digest(args.label_smoothing, CODE)}.pt"

@@ -8,7 +8,8 @@
 
 Read this file from top to bottom: the two algorithms, how a modulation is trained, and then
 `experiment`, which is everything that happens with one seed, from the images to the numbers of a
-row in the table. From the heading `files` on, you can skip it at first.
+row in the table. From the heading `files` on, you can skip it at first. (A run begins in `main`, at
+the end: it calls `experiment` for each seed.)
 
 What is trained is kept in a folder of runs/. With another memory, nothing is trained again. If you
 start a stopped command once more, it goes on where it was.
@@ -16,8 +17,8 @@ start a stopped command once more, it goes on where it was.
 The name of the folder stands for the options of the training, the images, the weights of the ViT,
 and the code of vit.py, lora.py, data.py and this file, without comments. If you change any of
 these, even if it is only the evaluation in this file, everything is trained anew in another folder.
-Changes in other files are not noticed: if the training uses a new file of yours, remove the folder
-after each change of this file.
+Changes in other files are not noticed. If the training uses a new file of yours, remove the folder
+whenever you change your file.
 """
 import math
 import os
@@ -52,9 +53,10 @@ class Modulation(NamedTuple):
 def til_training(tasks, train, memory, learn):
     """Algorithm 1: fills the empty memory, and returns the task keys K_T and the modulations.
 
-    tasks has the classes of each task, train is the training part of the data set, and `learn` does
-    lines 5 and 6: see make_learn, below. The paper returns the keys alone. We also return the
-    heads, which are kept beside the memory, and the thetas, to compare them with what is recalled.
+    tasks has the class numbers of each task, train is the training part of the data set, and
+    `learn` does lines 5 and 6: see make_learn, below. The paper returns the keys alone. We also
+    return the heads, which are kept beside the memory, and the thetas, to compare them with what is
+    recalled.
     """
     keys = []                                                   # 2
     modulations = []
@@ -63,7 +65,7 @@ def til_training(tasks, train, memory, learn):
         modulation = learn(t, images, labels)                   # 5, 6
         key, value = lora.split_key(modulation.theta)           # 7: k_t, which A.1 calls v_t
         keys.append(key)                                        # 8
-        memory.write(key.clone(), value)                        # 9, a copy: nobody changes `keys`
+        memory.write(key.clone(), value)                        # 9; a copy, to keep `keys` safe
         modulations.append(modulation)
     return keys, modulations                                    # 11
 
@@ -95,7 +97,7 @@ def classify(net, head, images, theta):
 
 # ---- how a modulation is trained: lines 5 and 6 of Algorithm 1 ---------------------------------
 def flips(n, generator):
-    """Changes for n images: each is mirrored with a probability of 1/2 (see ViT.prepare)."""
+    """Arguments of ViT.prepare for n images: each is mirrored with a probability of 1/2."""
     return {"flip": torch.rand(n, generator=generator) < 0.5}
 
 
@@ -104,7 +106,7 @@ class Recipe(NamedTuple):
     epochs: int
     batch_size: int
     lr: tuple                                   # the learning rate at the start, and at the end
-    augment: Callable = flips                   # (n, generator) -> changes for n images
+    augment: Callable = flips                   # (n, generator) -> arguments of ViT.prepare
     label_smoothing: float = 0.0
 
 
@@ -114,7 +116,7 @@ def fit(net, head, images, labels, recipe, generator):
     Returns the accuracy on these images during the last epoch, in percent.
     """
     device = net.theta.device
-    images, labels = images.to(device), labels.to(device)           # as uint8, all of them fit
+    images, labels = images.to(device), labels.to(device)           # as uint8, all images fit
     n = len(labels)
     trained = [net.theta, *head.parameters()]
     optimizer = torch.optim.AdamW(trained, recipe.lr[0], weight_decay=WEIGHT_DECAY, fused=True)
@@ -123,14 +125,15 @@ def fit(net, head, images, labels, recipe, generator):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=recipe.lr[1])
     for epoch in range(recipe.epochs):
         order = torch.randperm(n, generator=generator).to(device)
-        # Row i of the changes is for image order[i].
-        changes = {name: x.to(device) for name, x in recipe.augment(n, generator).items()}
+        # How the images are changed in this epoch. Row i is for image order[i].
+        changes = recipe.augment(n, generator)
+        changes = {name: rows.to(device) for name, rows in changes.items()}
         hits = 0
         caption = f"epoch {epoch + 1} of {recipe.epochs}, step"
         for start in data.progress(range(0, n, recipe.batch_size), caption):
             batch = slice(start, start + recipe.batch_size)
             y = labels[order[batch]]                                # (B,)
-            change = {name: x[batch] for name, x in changes.items()}
+            change = {name: rows[batch] for name, rows in changes.items()}
             x = net.prepare(images[order[batch]], **change)         # (B, 3, s, s)
             tokens = net.graphed(x) if x.is_cuda else net(x)        # (B, d); graphed is faster
             logits = head(tokens.float())                           # (B, outputs)
@@ -201,7 +204,11 @@ def make_learn(args, seed, net, folder, tasks):
 
 # ---- the experiment ----------------------------------------------------------------------------
 def experiment(args, seed, train, test):
-    """Runs Algorithm 1, then Algorithm 2 and the controls: the numbers of a row in the table."""
+    """Runs Algorithm 1, and then Algorithm 2 and the controls on the test images of each task.
+
+    Returns a dictionary, whose "figures" are the numbers of a row in the table. (With --predict, it
+    classifies a picture instead.)
+    """
     start = time.perf_counter()
     tasks = data.split(len(train.classes), args.splits, seed)
     net, folder = make_network(args, seed, train, test)         # folder: for what is trained
@@ -211,7 +218,7 @@ def experiment(args, seed, train, test):
     if args.predict:
         return predict(args, train.classes, tasks, net, keys, modulations, memory)
 
-    # How much does recall cost? And how good are other thetas, the controls?
+    # How much does recall cost? And how good are the controls, which have another theta or head?
     thetas = [theta for theta, _ in modulations]
     mean = torch.stack(thetas).mean(0)
     none = torch.zeros_like(mean)                               # with it, the ViT is as it was
@@ -251,7 +258,7 @@ def make_network(args, seed, train, test):
     digest = data.digest(options, CODE, *content)
     run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
     # On a GPU, W is bfloat16 (see set_up_torch). That is too coarse for AdamW's small steps, so
-    # theta and the heads stay float32.
+    # theta and the heads stay float32, and so do the mean and std of the pixels.
     for weight in backbone.parameters():
         weight.data = weight.data.to(getattr(torch, args.dtype))
     net = lora.ModulatedViT(backbone.to(args.device), args.rank, args.alpha)
@@ -274,9 +281,9 @@ def print_classes(logits, names):
 
 # ---- files -------------------------------------------------------------------------------------
 CODE = {name: data.digest_of_code(name) for name in ("vit.py", "lora.py", "data.py", "til.py")}
-# These options are not in the digest. Most of them do not change theta. The seed does, but it is
-# in the folder's name. Of the files in weights and data_dir, the content counts. All other options
-# are in the digest, also those that you add.
+# These options are not in the digest. Most of them do not change theta_1 .. theta_T. The seed does,
+# but it is in the folder's name. Of the files in weights and data_dir, the content counts. (`row`,
+# which `parse` adds, is made from the others.) All other options count, also those that you add.
 NOT_FOR_THETA = {"memory", "predictor", "label_smoothing", "seeds", "weights", "data_dir", "out",
                  "predict", "task", "row"}
 # These options are not added to the name of a row: they are elsewhere in the table, or do not
@@ -297,6 +304,7 @@ def save_result(setting, args, seed, folder, start, figures, per_task, variant="
     if args.device == "cuda":
         device = torch.cuda.get_device_name()
     _, digest = folder.name.rsplit("-", 1)
+    # The options, with `row`, the name of the row in the tables.
     options = {name: value for name, value in vars(args).items()
                if name not in ("seeds", "weights", "data_dir", "out", "predict", "task")}
     result = options | {

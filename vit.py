@@ -63,7 +63,7 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """From prepared images (B, 3, s, s) to their class tokens (B, d).
 
-    An image is cut into n rows of n patches, and each patch becomes a token. The class token is put
+    An image is cut into m rows of m patches, and each patch becomes a token. The class token is put
     before them. After the last block, it represents the whole image.
     """
 
@@ -76,10 +76,10 @@ class ViT(nn.Module):
         width = config.width
         self.config = config
         self.image_size = size                                      # s
-        self.n = size // config.patch                               # patches in a row
+        self.m = size // config.patch                               # patches in a row
         self.patch_embed = nn.Linear(3 * config.patch ** 2, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + self.n ** 2, width))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + self.m ** 2, width))
         blocks = [Block(width, config.heads) for _ in range(config.depth)]
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -88,14 +88,14 @@ class ViT(nn.Module):
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
 
     def forward(self, x):                   # (B, 3, s, s) -> (B, d)
-        n = self.n
-        x = x.unflatten(3, (n, -1)).unflatten(2, (n, -1))           # (B, 3, n, patch, n, patch)
-        x = x.permute(0, 2, 4, 1, 3, 5)                             # (B, n, n, 3, patch, patch)
-        x = x.flatten(3).flatten(1, 2)                              # (B, n^2, 3 patch^2)
-        x = self.patch_embed(x)                                     # (B, n^2, d)
+        m = self.m
+        x = x.unflatten(3, (m, -1)).unflatten(2, (m, -1))           # (B, 3, m, patch, m, patch)
+        x = x.permute(0, 2, 4, 1, 3, 5)                             # (B, m, m, 3, patch, patch)
+        x = x.flatten(3).flatten(1, 2)                              # (B, m^2, 3 patch^2)
+        x = self.patch_embed(x)                                     # (B, m^2, d)
         cls_token = self.cls_token.expand(len(x), -1, -1)           # (B, 1, d)
-        x = torch.cat([cls_token, x], dim=1)                        # (B, 1 + n^2, d)
-        x = self.blocks(x + self.pos_embed)                         # (B, 1 + n^2, d)
+        x = torch.cat([cls_token, x], dim=1)                        # (B, 1 + m^2, d)
+        x = self.blocks(x + self.pos_embed)                         # (B, 1 + m^2, d)
         return self.norm(x[:, 0])                                   # (B, d)
 
     def prepare(self, images, flip=None, crop=None):
@@ -123,7 +123,7 @@ def resize(x, size):
 
 def cut_out(x, crop, size):
     """Cuts the windows `crop` (B, 3) out of x (B, 3, h, w), and makes them (B, 3, size, size)."""
-    # grid_sample does not smooth what it makes smaller. So we first resize images that are larger.
+    # grid_sample has no antialiasing. So larger images are resized first, with antialiasing.
     if x.shape[-1] > size:
         x = resize(x, size)
     # The output at a point p of [-1, 1] x [-1, 1] is the image at side * p + centre.
@@ -189,7 +189,7 @@ def load(name, weights=None, image_size=None):
     path = weights or find_weights(name)
     state = rename(read_weights(path))
     if "pos_embed" in state:
-        state["pos_embed"] = resize_positions(state["pos_embed"], vit.n)
+        state["pos_embed"] = resize_positions(state["pos_embed"], vit.m)
     compare(state, vit.state_dict(), f"{path} does not fit {name}")
     vit.load_state_dict(state)
     return vit.eval()
@@ -278,17 +278,17 @@ def absorb_layer_scale(state):
     return state
 
 
-def resize_positions(pos_embed, n):
-    """Position embeddings (1, 1 + m^2, d) of m x m patches -> (1, 1 + n^2, d) of n x n patches."""
+def resize_positions(pos_embed, m):
+    """Position embeddings (1, 1 + k^2, d) of k x k patches -> (1, 1 + m^2, d) of m x m patches."""
     # The class token has no place in the grid of patches, so its embedding stays as it is.
     of_token, of_patches = pos_embed.split([1, pos_embed.shape[1] - 1], dim=1)
-    m = round(of_patches.shape[1] ** 0.5)
-    if n == m:
+    k = round(of_patches.shape[1] ** 0.5)
+    if k == m:
         return pos_embed
-    grid = of_patches.unflatten(1, (m, m)).permute(0, 3, 1, 2)      # (1, d, m, m)
-    # We do what DINOv2's own code does. Without its 0.1, rounding may give n - 1 patches.
-    grid = F.interpolate(grid, scale_factor=(n + 0.1) / m, mode="bicubic")
-    of_patches = grid.flatten(2).transpose(1, 2)                    # (1, n^2, d)
+    grid = of_patches.unflatten(1, (k, k)).permute(0, 3, 1, 2)      # (1, d, k, k)
+    # We do what DINOv2's own code does. Without its 0.1, rounding may give m - 1 patches.
+    grid = F.interpolate(grid, scale_factor=(m + 0.1) / k, mode="bicubic")
+    of_patches = grid.flatten(2).transpose(1, 2)                    # (1, m^2, d)
     return torch.cat([of_token, of_patches], dim=1)
 
 
