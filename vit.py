@@ -32,15 +32,13 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):                   # (B, N, d) -> (B, N, d)
-        B, N, d = x.shape
+    def forward(self, x, n=None):           # (B, N, d) -> (B, n, d), the first n tokens; None: all
         h = self.heads
-        q = self.query(x).view(B, N, h, d // h).transpose(1, 2)     # (B, h, N, d / h)
-        k = self.key(x).view(B, N, h, d // h).transpose(1, 2)       # (B, h, N, d / h)
-        v = self.value(x).view(B, N, h, d // h).transpose(1, 2)     # (B, h, N, d / h)
-        y = F.scaled_dot_product_attention(q, k, v)                 # (B, h, N, d / h)
-        y = y.transpose(1, 2).reshape(B, N, d)                      # all heads side by side
-        return self.proj(y)
+        q = self.query(x[:, :n]).unflatten(2, (h, -1)).transpose(1, 2)      # (B, h, n, d / h)
+        k = self.key(x).unflatten(2, (h, -1)).transpose(1, 2)               # (B, h, N, d / h)
+        v = self.value(x).unflatten(2, (h, -1)).transpose(1, 2)             # (B, h, N, d / h)
+        y = F.scaled_dot_product_attention(q, k, v)                         # (B, h, n, d / h)
+        return self.proj(y.transpose(1, 2).flatten(2))                      # all heads side by side
 
 
 class Block(nn.Module):
@@ -54,9 +52,9 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, x):                   # (B, N, d) -> (B, N, d)
-        x = x + self.attn(self.norm1(x))
-        hidden = F.gelu(self.fc1(self.norm2(x)))                    # (B, N, 4 d)
+    def forward(self, x, n=None):           # (B, N, d) -> (B, n, d), the first n tokens; None: all
+        x = x[:, :n] + self.attn(self.norm1(x), n)
+        hidden = F.gelu(self.fc1(self.norm2(x)))                    # (B, n, 4 d)
         return x + self.fc2(hidden)
 
 
@@ -95,7 +93,9 @@ class ViT(nn.Module):
         x = self.patch_embed(x)                                     # (B, m^2, d)
         cls_token = self.cls_token.expand(len(x), -1, -1)           # (B, 1, d)
         x = torch.cat([cls_token, x], dim=1)                        # (B, 1 + m^2, d)
-        x = self.blocks(x + self.pos_embed)                         # (B, 1 + m^2, d)
+        x = self.blocks[:-1](x + self.pos_embed)                    # (B, 1 + m^2, d)
+        # Only the class token is used after the last block, so this block computes no other.
+        x = self.blocks[-1](x, n=1)                                 # (B, 1, d)
         return self.norm(x[:, 0])                                   # (B, d)
 
     def prepare(self, images, flip=None, crop=None):
@@ -126,11 +126,12 @@ def cut_out(x, crop, size):
     # grid_sample has no antialiasing. So larger images are resized first, with antialiasing.
     if x.shape[-1] > size:
         x = resize(x, size)
-    # The output at a point p of [-1, 1] x [-1, 1] is the image at side * p + centre.
-    side, centre = crop[:, :1, None], crop[:, 1:, None]             # (B, 1, 1), (B, 2, 1)
-    scale = side * torch.eye(2, device=x.device)                    # (B, 2, 2)
-    window = torch.cat([scale, centre], dim=2)                      # (B, 2, 3)
-    grid = F.affine_grid(window, (len(x), 3, size, size), align_corners=False)
+    # The centres of the pixels (size, size, 2), as points (x, y) of [-1, 1] x [-1, 1].
+    axis = (2 * torch.arange(size, device=x.device) + 1) / size - 1
+    points = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), dim=2)
+    # The output at a point p is the image at side * p + centre.
+    side, centre = crop[:, :1], crop[:, 1:]                         # (B, 1), (B, 2)
+    grid = side[:, None, None] * points + centre[:, None, None]     # (B, size, size, 2)
     x = F.grid_sample(x, grid, "bicubic", "reflection", align_corners=False)
     return x.clamp(0, 1)
 
