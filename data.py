@@ -14,9 +14,11 @@ import argparse
 import ast
 import contextlib
 import hashlib
+import io
 import json
 import os
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -59,10 +61,11 @@ def tinyimagenet(data_dir):
     """TinyImageNet (Le & Yang, 2015): 200 classes of 500 + 50 images, 64 x 64 pixels.
 
     The labels of its test images were never published, so we test on its val images. To decode
-    110,000 files takes a minute, so the result is kept in a file.
+    110,000 files takes a minute, so the result is kept in a file. The file is named after the code
+    here: if you change how pictures are read, they are decoded anew.
     """
     from torchvision.datasets.utils import download_and_extract_archive
-    cache = data_dir / "tiny-imagenet-200.pt"
+    cache = data_dir / f"tiny-imagenet-200-{digest_of_code('data.py')}.pt"
     if not cache.exists():
         root = data_dir / "tiny-imagenet-200"
         if not root.exists():
@@ -118,7 +121,8 @@ def downloading(data_dir):
         yield
     except (OSError, RuntimeError) as error:
         raise Mistake(f"cannot download to {data_dir} ({error}): this needs a network, but only "
-                      "once. If there is an archive that was cut short, remove it") from error
+                      "once. If another command downloads at this moment, wait for it. If an "
+                      "archive was cut short, remove it") from error
 
 
 # ---- pictures of your own ----------------------------------------------------------------------
@@ -153,12 +157,17 @@ def class_names(root):
     """The names of the folders in `root`, one for each class."""
     if not root.is_dir():
         raise Mistake(f"there is no folder {root}: expected {root}/<class>/<picture>")
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
-    # Systems and editors leave such folders behind: .ipynb_checkpoints, @eaDir, __MACOSX.
-    hidden = [path.name for path in folders if path.name.startswith((".", "@", "__"))]
-    if hidden:
-        print(f"{root}: left out, as hidden folders: {', '.join(hidden)}")
-    names = [path.name for path in folders if path.name not in hidden]
+    names = []
+    others = []
+    for path in sorted(root.iterdir()):
+        # Systems and editors leave such folders behind: .ipynb_checkpoints, @eaDir, __MACOSX.
+        hidden = path.name.startswith((".", "@", "__"))
+        if path.is_dir() and not hidden:
+            names.append(path.name)
+        else:
+            others.append(path.name)
+    if others:
+        print(f"{root}: left out, as they are files or hidden: {', '.join(others)}")
     if not names:
         raise Mistake(f"{root} should hold a folder for each class, but holds none")
     return names
@@ -408,12 +417,17 @@ def whole_number(low):
 
 
 def progress(items, label):
-    """Yields the items, and counts them on a terminal."""
+    """Yields the items, and counts them: on a terminal always, and elsewhere once a minute."""
     on_terminal = sys.stderr.isatty()
+    shown = time.monotonic()
     for i, item in enumerate(items, 1):
-        yield item
+        count = f"{label} {i} of {len(items)}"
         if on_terminal:
-            print(f"\r{label}: {i} of {len(items)} ", end="", file=sys.stderr, flush=True)
+            print(f"\r{count} ", end="", file=sys.stderr, flush=True)
+        elif time.monotonic() - shown > 60:
+            print(count, file=sys.stderr, flush=True)
+            shown = time.monotonic()
+        yield item
     if on_terminal:
         print("\r" + 70 * " " + "\r", end="", file=sys.stderr)    # wipe the line
 
@@ -421,6 +435,9 @@ def progress(items, label):
 @contextlib.contextmanager
 def one_line_errors():
     """A Mistake ends the program with one line, and so does Ctrl-C. Other errors are tracebacks."""
+    # What a terminal cannot show, such as the name of a class, becomes a question mark.
+    if isinstance(sys.stdout, io.TextIOWrapper):        # and not a notebook's
+        sys.stdout.reconfigure(errors="replace")
     try:
         yield
     except Mistake as mistake:

@@ -196,8 +196,10 @@ def make_learn(args, seed, net, folder, tasks):
         modulation = find_or_train(
             paths[t], net, images, labels, len(tasks[t]), recipe, generator)
         if len(missing) > 1 and t == missing[0]:
-            seconds = (len(missing) - 1) * (time.perf_counter() - start)
-            print(f"the other tasks will take about {seconds:.0f} s", flush=True)
+            minutes = (len(missing) - 1) * (time.perf_counter() - start) / 60
+            print(f"the other tasks will take about {minutes:.1f} minutes", flush=True)
+            if minutes > 30:
+                print("a GPU is much faster, and so is a smaller --image-size (see README.md)")
         return modulation
     return learn
 
