@@ -206,11 +206,7 @@ def make_learn(args, seed, net, folder, tasks):
 
 # ---- the experiment ----------------------------------------------------------------------------
 def experiment(args, seed, train, test):
-    """Runs Algorithm 1, and then Algorithm 2 and the controls on the test images of each task.
-
-    Returns a dictionary, whose "figures" are the numbers of a row in the table. (With --predict, it
-    classifies a picture instead.)
-    """
+    """Algorithms 1 and 2, and the controls. The "figures" of its result are a row in the table."""
     start = time.perf_counter()
     tasks = data.split(len(train.classes), args.splits, seed)
     net, folder = make_network(args, seed, train, test)         # folder: for what is trained
