@@ -175,7 +175,9 @@ def table(command, results):
     headings = list(dict.fromkeys(heading for result in results for heading in result["figures"]))
     lines = [f"| M | seeds | {' | '.join(headings)} |", "|---" * (2 + len(headings)) + "|"]
     paper = dict(PAPER.get(command, {}))
-    for (name, digest), runs in sorted(rows.items()):
+    # The memories with the default options, then the memories with each other choice of options.
+    for name, digest in sorted(rows, key=lambda row: (row[0].partition(" ")[2], row)):
+        runs = rows[name, digest]
         # The digest is shown if there is another row with which this one should not be compared.
         shown = f"`{name}`"
         if any(clash(runs[0], result) for result in results):
