@@ -13,6 +13,7 @@ the data sets. From `files` on, the program reads and writes files, and talks to
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -73,7 +74,13 @@ def tinyimagenet(data_dir):
                 download_and_extract_archive(
                     "http://cs231n.stanford.edu/tiny-imagenet-200.zip", data_dir,
                     md5="90528d7ca1a48142e341f4ef8d21d0de")
-        save(cache, decode_tinyimagenet(root))
+        try:
+            save(cache, decode_tinyimagenet(root))
+        except (OSError, ValueError, KeyError) as error:        # a list is missing, or not whole
+            raise Mistake(f"{root} is not whole ({error}): unpack the official archive again, or "
+                          "remove this folder, and it is downloaded") from error
+    else:
+        print(f"{cache} found: remove it, if you have changed the pictures")
     content = read(cache)
     return [Images(**content["train"]), Images(**content["val"])]
 
@@ -116,10 +123,10 @@ def list_tinyimagenet(root, wnids):
 
 @contextlib.contextmanager
 def downloading(data_dir):
-    """Turns the errors that torchvision raises when it cannot download into a Mistake."""
+    """Turns whatever goes wrong when torchvision downloads into a Mistake."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except Exception as error:              # of many kinds: a network can fail in many ways
         raise Mistake(f"cannot download to {data_dir} ({error}): this needs a network, but only "
                       "once. If another command downloads at this moment, wait for it. If an "
                       "archive was cut short, remove it") from error
@@ -196,7 +203,7 @@ def picture(path, size):
     """
     try:
         image = ImageOps.exif_transpose(Image.open(path))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:              # of many kinds: it depends on the format
         raise Mistake(f"cannot read {path} as a picture: {error}") from error
     if image.mode.startswith(("I", "F")):           # integers or floats: I, I;16, F
         raise Mistake(f"{path} has more than 8 bits for a colour: save it with 8 bits")
@@ -360,8 +367,10 @@ def save(path, content):
             torch.save(content, scratch)
         scratch.replace(path)
     except (OSError, RuntimeError) as error:            # RuntimeError: torch.save, on a full disk
-        scratch.unlink(missing_ok=True)
-        raise Mistake(f"cannot write {path}: {error}. Is there space left?") from error
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise Mistake(f"cannot write {path}: {error}. Is there space left, and may you write "
+                      "there?") from error
 
 
 def read(path):
@@ -385,13 +394,17 @@ def digest(*parts):
         if isinstance(part, torch.Tensor):
             sha.update(part.detach().contiguous().numpy())
         else:
-            sha.update(json.dumps(part).encode())
+            sha.update(json.dumps(part, default=str).encode())
     return sha.hexdigest()[:8]
 
 
+@functools.cache
 def digest_of_code(name):
-    """A short hash of the code of a file beside this one, without comments and docstrings."""
-    tree = ast.parse(Path(__file__).with_name(name).read_text("utf-8"))
+    """A short hash of the code of a file beside this one, without comments and docstrings.
+
+    It is cached: what counts is the code that runs, and not what you edit meanwhile.
+    """
+    tree = ast.parse(Path(__file__).with_name(name).read_bytes())
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node):
@@ -444,5 +457,6 @@ def one_line_errors():
         print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped: what is finished is kept, and the same command goes on", file=sys.stderr)
+        print("stopped. What til.py and mts.py have trained is kept: the same command goes on",
+              file=sys.stderr)
         sys.exit(130)

@@ -10,10 +10,12 @@ import ast
 import importlib
 import inspect
 import json
+import random
 import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -52,8 +54,11 @@ def make_memory(text, dim):
     """
     name, _, options = text.partition(":")
     if not name.isidentifier() or not Path(__file__).with_name(f"{name}.py").exists():
-        raise data.Mistake(f"there is no memory {name}: no file {name}.py beside til.py")
+        raise data.Mistake(f"there is no memory {name}: no file {name}.py beside til.py, or its "
+                           "name is not a word of Python")
     module = importlib.import_module(name)
+    for code in (f"{name}.py", "evaluate.py"):
+        data.digest_of_code(code)           # taken before the run, for save_result
     classes = {word.replace("_", "").lower(): thing for word, thing in vars(module).items()}
     memory = classes.get(name.replace("_", "").lower())
     if not hasattr(memory, "write"):
@@ -66,7 +71,10 @@ def make_memory(text, dim):
         if option not in defaults:
             raise data.Mistake(f"--memory {text}: {name} has no option {option}")
         given[option] = parse_option(pair, value, defaults[option])
-    torch.manual_seed(0)                    # a memory may draw random numbers: always the same
+    # A memory may draw random numbers: always the same.
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
     return memory(dim, **given)
 
 
@@ -219,7 +227,7 @@ def cell(heading, runs):
     digits = 4 if heading == "error" else 2
     text = f"{statistics.fmean(values):.{digits}f}"
     if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.{digits}f}"
+        text += f" ± {np.std(values, ddof=1):.{digits}f}"
     return text
 
 
@@ -248,11 +256,11 @@ def results_in(file):
     """The results in a JSON file, which may hold one, a list of them, or something else."""
     try:
         content = json.loads(file.read_text("utf-8"))
-    except ValueError:                      # it is damaged
+    except (OSError, ValueError):           # it cannot be read, or is damaged
         return []
     entries = content if isinstance(content, list) else [content]
     return [entry | {"path": file} for entry in entries
-            if isinstance(entry, dict) and "row" in entry and "figures" in entry]
+            if isinstance(entry, dict) and {"row", "figures", "setting", "code"} <= entry.keys()]
 
 
 # ---- a benchmark of the memories, on random numbers --------------------------------------------
@@ -278,9 +286,9 @@ def bench_memory(memory, thetas):
     pairs = [lora.split_key(theta) for theta in thetas]
     start = time.perf_counter()
     for key, value in data.progress(pairs, "writing"):
-        memory.write(key, value)
+        memory.write(key.clone(), value)
     written = time.perf_counter()
-    recalled = [memory.read(key) for key, _ in data.progress(pairs, "reading")]
+    recalled = [memory.read(key.clone()) for key, _ in data.progress(pairs, "reading")]
     read = time.perf_counter()
     return {
         "write_ms": 1000 * (written - start) / T,

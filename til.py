@@ -87,10 +87,10 @@ def classify(net, head, images, theta):
     Mistake if theta has another shape, or is not finite.
     """
     P = len(net.theta)
-    if theta.shape != (P,) or not theta.isfinite().all():
+    shape = tuple(theta.shape) if torch.is_tensor(theta) else "of no tensor"
+    if shape != (P,) or not theta.isfinite().all():
         raise data.Mistake(f"theta should be {P} finite numbers, but it is {theta}, of the shape "
-                           f"{tuple(theta.shape)}. A memory's read should return the key, and then "
-                           "the value")
+                           f"{shape}. A memory's read should return the key, and then the value")
     net.theta.copy_(theta)
     return head(vit.features(net, images)).cpu()
 
@@ -306,7 +306,8 @@ def save_result(setting, args, seed, folder, start, figures, per_task, variant="
     options = {name: value for name, value in vars(args).items()
                if name not in ("seeds", "weights", "data_dir", "out", "predict", "task")}
     result = options | {
-        "setting": setting, "seed": seed, "device": device, "seconds": time.perf_counter() - start,
+        "setting": setting, "seed": seed, "device": device, "torch": torch.__version__,
+        "seconds": time.perf_counter() - start,
         "digest": f"{digest}-{data.digest(code)}", "code": CODE | code,
         "figures": figures, "per_task": per_task}
     # Some characters, such as the ":" of a memory's options, are not allowed in a file's name.

@@ -10,6 +10,7 @@ modulate query and value alone. The network comes first. If you read this file b
 can stop at "published weights".
 """
 import re
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -203,10 +204,10 @@ def find_weights(name):
         return Path(__file__).parent / "weights" / f"{name}.pt"
     path = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.pth"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, path)
-        except OSError as error:            # there is no network, or no such page
+        except Exception as error:          # of many kinds: a network can fail in many ways
             raise Mistake(f"cannot download {url} ({error}): give a file with --weights, or use "
                           "--backbone vit_micro, whose weights are here") from error
     return path
@@ -217,9 +218,11 @@ def read_weights(path):
     if not Path(path).is_file():
         raise Mistake(f"there is no file {path}")
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a check sum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         # A training program may have saved its network together with other things.
-        for part in ("model", "state_dict"):
+        for part in ("model", "state_dict", "model_state_dict"):
             state = state.get(part, state)
         return {name: weight.float() for name, weight in state.items()}
     except Exception as error:              # of many kinds: it depends on what the file is
@@ -284,7 +287,7 @@ def resize_positions(pos_embed, m):
     # The class token has no place in the grid of patches, so its embedding stays as it is.
     of_token, of_patches = pos_embed.split([1, pos_embed.shape[1] - 1], dim=1)
     k = round(of_patches.shape[1] ** 0.5)
-    if k == m:
+    if k == m or k ** 2 != of_patches.shape[1]:         # no square: `compare` will say so
         return pos_embed
     grid = of_patches.unflatten(1, (k, k)).permute(0, 3, 1, 2)      # (1, d, k, k)
     # We do what DINOv2's own code does. Without its 0.1, rounding may give m - 1 patches.
