@@ -7,7 +7,6 @@ as for til.py. The picture is written to --out (default: idea.svg in that folder
 """
 import base64
 import io
-import json
 from pathlib import Path
 
 import torch
