@@ -20,7 +20,8 @@ The idea
           the weights, so that from now on, it predicts theta, both the key and the value.
         - A read finds the address again, from the key. A key has thousands of elements, and x^1 has
           only 256, so hardly any other x^1 predicts this key. (Nothing guarantees that a search
-          finds it, but in our runs, it did.) Then the read lets this x^1 predict the value.
+          finds it. In our runs, it found it, or at least its direction: see "Two ways to read".)
+          Then the read lets this x^1 predict the value.
 
 What is Bayesian about it
     Each prediction is a linear regression with weights W_l. The memory does not decide what the
