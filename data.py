@@ -66,7 +66,8 @@ def tinyimagenet(data_dir):
     here: if you change how pictures are read, they are decoded anew.
     """
     from torchvision.datasets.utils import download_and_extract_archive
-    cache = data_dir / f"tiny-imagenet-200-{digest_of_code('data.py')}.pt"
+    code = digest_of_code("data.py")
+    cache = data_dir / f"tiny-imagenet-200-{code}.pt"
     if not cache.exists():
         root = data_dir / "tiny-imagenet-200"
         if not root.exists():
@@ -145,9 +146,9 @@ def folder(data_dir):
         test = val
     classes = class_names(train)
     if class_names(test) != classes:
-        different = sorted({*classes} ^ {*class_names(test)})
+        different = ", ".join(sorted({*classes} ^ {*class_names(test)}))
         raise Mistake(f"{train} and {test} should have the same classes, but only one of them has "
-                      f"{', '.join(different)}")
+                      f"{different}")
     parts = []
     for root in (train, test):
         files = [list_pictures(root / name) for name in classes]
@@ -174,7 +175,7 @@ def class_names(root):
         else:
             others.append(path.name)
     if others:
-        print(f"{root}: left out, as they are files or hidden: {', '.join(others)}")
+        print(f"{root}: left out, as they are files or hidden:", ", ".join(others))
     if not names:
         raise Mistake(f"{root} should hold a folder for each class, but holds none")
     return names
@@ -189,7 +190,7 @@ def list_pictures(of_class):
                 if path.suffix.lower() in readable and not path.name.startswith(".")]
     others = [path.name for path in files if path not in pictures]
     if others:
-        print(f"{of_class}: {len(pictures)} pictures; left out: {', '.join(others)}")
+        print(f"{of_class}: {len(pictures)} pictures; left out:", ", ".join(others))
     if not pictures:
         raise Mistake(f"there are no pictures in {of_class}")
     return pictures
@@ -301,8 +302,9 @@ def split(n_classes, n_tasks, seed):
     # A task with one class would leave nothing to learn.
     possible = [n for n in range(1, n_classes // 2 + 1) if n_classes % n == 0]
     if n_tasks not in possible:
+        numbers = ", ".join(map(str, possible))
         raise Mistake(f"{n_classes} classes cannot be split into {n_tasks} equal tasks of two or "
-                      f"more: --splits can be {', '.join(map(str, possible))}")
+                      f"more: --splits can be {numbers}")
     order = np.random.default_rng(seed).permutation(n_classes)
     return order.reshape(n_tasks, -1).tolist()
 
@@ -454,7 +456,7 @@ def one_line_errors():
     try:
         yield
     except Mistake as mistake:
-        print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
+        print("error:", " ".join(str(mistake).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped. What til.py and mts.py have trained is kept: the same command goes on",

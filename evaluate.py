@@ -181,7 +181,7 @@ def table(command, results):
     for result in sorted(results, key=lambda result: result["seed"]):
         rows.setdefault((result["row"], result["digest"]), []).append(result)
     headings = list(dict.fromkeys(heading for result in results for heading in result["figures"]))
-    lines = [f"| M | seeds | {' | '.join(headings)} |", "|---" * (2 + len(headings)) + "|"]
+    lines = [line("M", "seeds", *headings), "|---" * (2 + len(headings)) + "|"]
     paper = dict(PAPER.get(command, {}))
     # The memories with the default options, then the memories with each other choice of options.
     for name, digest in sorted(rows, key=lambda row: (row[0].partition(" ")[2], row)):
@@ -191,13 +191,18 @@ def table(command, results):
         if any(clash(runs[0], result) for result in results):
             shown = f"`{name} ({digest})`"
         cells = [cell(heading, runs) for heading in headings]
-        lines.append(f"| {shown} | {seeds_of(runs)} | {' | '.join(cells)} |")
+        lines.append(line(shown, seeds_of(runs), *cells))
         # The paper's figures are printed once, below the first row of this name.
         figures = paper.pop(name, None)
         if figures:
             cells = [figures.get(heading, "") for heading in headings]
-            lines.append(f"| paper | 3 seeds | {' | '.join(cells)} |")
+            lines.append(line("paper", "3 seeds", *cells))
     return lines
+
+
+def line(*cells):
+    """A line of a table."""
+    return "| " + " | ".join(cells) + " |"
 
 
 def seeds_of(runs):
@@ -246,9 +251,9 @@ def find_results(paths):
         if not found:
             others.append(str(file))
     if others:
-        print(f"no results in {', '.join(others)}")
+        print("no results in", ", ".join(others))
     if not results:
-        raise data.Mistake(f"there are no results in {', '.join(map(str, paths))}")
+        raise data.Mistake("there are no results in " + ", ".join(map(str, paths)))
     return results
 
 

@@ -129,7 +129,7 @@ def experiment(args, seed, train, test):
     predictor, keys, modulations = mts_training(tasks, train, memory, learn, learn_predictor)
     heads = [head for _, head in modulations]
     if args.predict:
-        return predict(args, train.classes, tasks, net, predictor, heads, keys, memory)
+        return predict(args, train, tasks, net, predictor, heads, keys, memory)
 
     # Only `gt` knows the true task. The controls have the same names as in til.py, but here, they
     # use the head and the theta of the predicted task. So compare them with `local`.
@@ -186,13 +186,13 @@ def predictor_path(args, folder):
     return folder / f"predictor-{args.predictor}-{data.digest(args.label_smoothing, CODE)}.pt"
 
 
-def predict(args, names, tasks, net, predictor, heads, keys, memory):
+def predict(args, train, tasks, net, predictor, heads, keys, memory):
     """Algorithm 4 on the picture --predict."""
-    image = data.picture(args.predict, args.image_size)
+    image = data.picture(args.predict, train.images.shape[-1])  # the size of the training images
     t_hat, logits = mts_inference(net, predictor, heads, image[None], keys, memory)
     t = t_hat.item()
     print(f"task {t + 1} of {len(tasks)}")
-    til.print_classes(logits, [names[c] for c in tasks[t]])
+    til.print_classes(logits, [train.classes[c] for c in tasks[t]])
 
 
 # ---- the command line --------------------------------------------------------------------------

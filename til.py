@@ -214,7 +214,7 @@ def experiment(args, seed, train, test):
     learn = make_learn(args, seed, net, folder, tasks)
     keys, modulations = til_training(tasks, train, memory, learn)
     if args.predict:
-        return predict(args, train.classes, tasks, net, keys, modulations, memory)
+        return predict(args, train, tasks, net, keys, modulations, memory)
 
     # How much does recall cost? And how good are the controls, which have another theta or head?
     thetas = [theta for theta, _ in modulations]
@@ -263,12 +263,12 @@ def make_network(args, seed, train, test):
     return net, args.out / run
 
 
-def predict(args, names, tasks, net, keys, modulations, memory):
+def predict(args, train, tasks, net, keys, modulations, memory):
     """Algorithm 2 on the picture --predict, as an image of the task --task."""
     t = args.task - 1
-    image = data.picture(args.predict, args.image_size)
+    image = data.picture(args.predict, train.images.shape[-1])  # the size of the training images
     logits = til_inference(net, modulations[t].head, image[None], keys[t], memory)
-    print_classes(logits, [names[c] for c in tasks[t]])
+    print_classes(logits, [train.classes[c] for c in tasks[t]])
 
 
 def print_classes(logits, names):
