@@ -161,6 +161,11 @@ LEGEND = {
 
 def tables(results):
     """Markdown: a table for each experiment, and a legend."""
+    return f"{tables_only(results)}\n\n{legend(results)}"
+
+
+def tables_only(results):
+    """Markdown: a table for each experiment."""
     experiments = {}
     for result in results:
         command = "{setting}.py --dataset {dataset} --splits {splits}".format(**result)
@@ -170,8 +175,6 @@ def tables(results):
     lines = []
     for command in commands:
         lines += ["", f"`python {command} --memory M`", "", *table(command, experiments[command])]
-    headings = {heading for result in results for heading in result["figures"]}
-    lines += [""] + [f"- {name}: {text}" for name, text in LEGEND.items() if name in headings]
     return "\n".join(lines)
 
 
@@ -203,6 +206,12 @@ def table(command, results):
 def line(*cells):
     """A line of a table."""
     return "| " + " | ".join(cells) + " |"
+
+
+def legend(results):
+    """What the columns mean that these results have, as a list in Markdown."""
+    headings = {heading for result in results for heading in result["figures"]}
+    return "\n".join(f"- {name}: {text}" for name, text in LEGEND.items() if name in headings)
 
 
 def seeds_of(runs):
