@@ -36,8 +36,8 @@ def main():
     svg = [text(20, 40, "1. Train a modulation θ of the ViT for each task", bold=True)]
     for row, t in enumerate(t for t in SHOWN if t < T):
         svg += one_task(75 + 105 * row, t, train, tasks[t], thetas[t])
-    svg += [text(20, 425, "2. Store all in a memory", bold=True), *weights(70, 475, thetas),
-            text(440, 425, "3. Recall θ from its key", bold=True), *bars(475, result["figures"])]
+    svg += [text(20, 425, "2. Recall θ from its key", bold=True), *weights(70, 475, thetas),
+            text(440, 425, "3. Classify with this θ", bold=True), *bars(475, result["figures"])]
     width, height = 860, 790
     head = (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
             'font-family="Helvetica, Arial, sans-serif">'
@@ -53,17 +53,17 @@ def one_task(y, t, train, classes, theta):
     for i, label in enumerate(classes[:3]):
         first = (train.labels == label).nonzero()[0].item()
         svg.append(thumbnail(115 + 84 * i, y + 6, train.images[first]))
-    # The strip has a bar for each 1/60 of theta: the mean of its first elements, blue or orange.
-    bins = torch.stack([piece[:12].mean() for piece in theta.chunk(60)])
-    bins = bins / bins.abs().max()
-    for i, value in enumerate(bins.tolist()):
+    # The strip shows 60 of the elements of theta: blue are positive, and orange are negative.
+    elements = torch.stack([piece[0] for piece in theta.chunk(60)])
+    elements = elements / elements.abs().max()
+    for i, value in enumerate(elements.tolist()):
         colour = BLUE if value > 0 else ORANGE
         svg.append(f'<rect x="{400 + 7 * i}" y="{y + 22}" width="7" height="46" fill="{colour}" '
                    f'fill-opacity="{abs(value) ** 0.7:.2f}"/>')
     svg += [f'<rect x="400" y="{y + 22}" width="420" height="46" fill="none" stroke="{GREY}"/>',
             f'<rect x="400" y="{y + 20}" width="42" height="50" fill="none" stroke="{DARK}" '
             'stroke-width="4"/>', text(398, y + 14, "key", size=20),
-            text(820, y + 14, f"θ, {len(theta):,} numbers", size=20, anchor="end")]
+            text(820, y + 14, f"60 of the {len(theta):,} numbers of θ", size=20, anchor="end")]
     return svg
 
 
@@ -75,7 +75,7 @@ def weights(x, y, thetas):
         memory.write(key, value)
     T = len(thetas)
     cell = 260 / T
-    svg = [text(x, y - 12, "what a read takes of each θ", size=20)]
+    svg = [text(x, y - 12, "weight of each stored θ in a read", size=20)]
     for row, (key, _) in enumerate(pairs):
         for column, weight in enumerate(memory.attention(key).tolist()):
             if weight > 0.005:
@@ -84,17 +84,18 @@ def weights(x, y, thetas):
                            f'fill-opacity="{weight:.2f}"/>')
     svg += [f'<rect x="{x}" y="{y}" width="260" height="260" fill="none" stroke="{DARK}"/>',
             text(x + 130, y + 290, "stored θ of task 1 .. " + str(T), size=20, anchor="middle"),
-            f'<g transform="rotate(-90 {x - 16} {y + 130})">'
-            + text(x - 16, y + 130, "key of task " + str(T) + " .. 1", size=20, anchor="middle")
+            f'<g transform="rotate(90 {x - 24} {y + 130})">'
+            + text(x - 24, y + 130, "key of task 1 .. " + str(T), size=20, anchor="middle")
             + "</g>"]
     return svg
 
 
 def bars(y, figures):
     """The accuracy with each kind of modulation."""
-    rows = (("no modulation", "none", GREY), ("that of another task", "wrong", GREY),
-            ("none, with a head for that", "linear", GREY), ("recalled", "FAA(M)", BLUE),
-            ("as trained", "FAA_GT", DARK))
+    rows = (("none: no modulation", "none", GREY), ("wrong: the θ of another task", "wrong", GREY),
+            ("linear: no θ, but a head of its own", "linear", GREY),
+            ("FAA(M): with the recalled θ", "FAA(M)", BLUE),
+            ("FAA_GT: with θ as it was trained", "FAA_GT", DARK))
     svg = [text(440, y - 12, "accuracy in %, mean of all tasks", size=20)]
     for i, (name, heading, colour) in enumerate(rows):
         top = y + 12 + 56 * i
