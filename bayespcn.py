@@ -15,9 +15,9 @@ The idea
 
     A write is given theta, and a read only its key. Both begin with the same search: which numbers
     in the hidden layers x^1, x^2, x^3 explain best what is known?
-        - A write stores theta. As no x^1 predicts a new theta yet, the search finds one about whose
-          prediction the memory is unsure. This x^1 becomes the address of theta: the write changes
-          the weights, so that from now on, it predicts theta, both the key and the value.
+        - A write stores theta. As no x^1 predicts a new theta yet, the search ends at an x^1 about
+          whose prediction the memory is unsure. This x^1 becomes the address of theta: the write
+          changes the weights, so that from now on, it predicts theta, both the key and the value.
         - A read finds the address again, from the key. A key has thousands of elements, and x^1 has
           only 256, so hardly any other x^1 predicts this key. (Nothing guarantees that a search
           finds it. In our runs, it found it, or at least its direction: see "Two ways to read".)
@@ -86,10 +86,10 @@ What is not exact
     What marginal recalls has 95 % of the length, because a write does not learn all. The search of
     a write makes v_0 = s2 + z U_0 z^T about as large as the mean square of theta's elements, which
     is 25 s2 on glyphs. Then one observation corrects the share z U_0 z^T / v_0 of the error of a
-    prediction, which is 24/25 = 96 %.
+    prediction. This is 24/25, or 96 %, which is about what we measured.
 
     Also, the hidden layers are only one guess. Yoo & Wood can keep many guesses, each with a belief
-    of its own. They call such a pair a particle.
+    of its own. They call such a guess, together with its belief, a particle.
 
     The upper layers hardly matter here. The search of a write leaves x^2 and x^3 near 0, so W_1 and
     W_2 learn almost nothing, and with layers=2, recall is equally good. We have four layers because

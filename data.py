@@ -404,7 +404,8 @@ def digest(*parts):
 def digest_of_code(name):
     """A short hash of the code of a file beside this one, without comments and docstrings.
 
-    It is cached: what counts is the code that runs, and not what you edit meanwhile.
+    It is computed once, and remembered. So what counts is the code that runs, and not what you edit
+    during the run.
     """
     tree = ast.parse(Path(__file__).with_name(name).read_bytes())
     for node in ast.walk(tree):

@@ -58,7 +58,7 @@ def make_memory(text, dim):
                            "name is not a word of Python")
     module = importlib.import_module(name)
     for code in (f"{name}.py", "evaluate.py"):
-        data.digest_of_code(code)           # taken before the run, for save_result
+        data.digest_of_code(code)           # is remembered for save_result, at the end of the run
     classes = {word.replace("_", "").lower(): thing for word, thing in vars(module).items()}
     memory = classes.get(name.replace("_", "").lower())
     if not hasattr(memory, "write"):

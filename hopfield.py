@@ -17,7 +17,7 @@ import torch
 
 
 class Hopfield:
-    """The memory. beta = 1 / temperature is 25 in the paper (A.2 calls it the temperature)."""
+    """The memory. A.2 gives a temperature of 25, which we take as beta = 1 / temperature."""
 
     def __init__(self, dim=None, beta=25.0):
         # dim, the length of theta, is passed to every memory. This one does not use it.

@@ -35,14 +35,15 @@ class LoRALinear(nn.Module):
     def forward(self, x):                       # (.., d) -> (.., d)
         # W x + delta x = (W + delta) x. So one product with x is enough, in place of those with W,
         # A and B. (In a language model, a delta of this size would take too much memory.) On a GPU,
-        # where W is bfloat16, the sum is rounded to it: this has not changed the accuracy.
+        # where W is bfloat16, the sum is rounded to bfloat16. This has not changed the accuracy.
         return F.linear(x, self.base.weight + self.delta, self.base.bias)
 
 
 class ModulatedViT(nn.Module):
     """A frozen ViT whose query and value projections are modulated by `theta` (P,).
 
-    With a head on top (see til.py), it is the paper's C(x; W, theta). W are the weights of the ViT.
+    It replaces these layers in `vit`. With a head on top (see til.py), it is the paper's
+    C(x; W, theta). W are the weights of the ViT.
     theta has P = L * 2 * 2 * r * d elements: L blocks, query and value, A and B. It is float32, and
     W can be bfloat16.
     """

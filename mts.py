@@ -132,7 +132,8 @@ def experiment(args, seed, train, test):
         return predict(args, train, tasks, net, predictor, heads, keys, memory)
 
     # Only `gt` knows the true task. The controls have the same names as in til.py, but here, they
-    # use the head and the theta of the predicted task. So compare them with `local`.
+    # use the head of the predicted task (and `wrong`, the theta of the task before the predicted
+    # one). So compare them with `local`.
     images = test.images
     t_hat, local = mts_inference(net, predictor, heads, images, keys, memory)
     task_ids, labels = data.task_labels(test, tasks)
@@ -162,8 +163,8 @@ def score(logits, t_hat, task_ids, labels):
     hits = {way: z.argmax(1) == labels for way, z in logits.items()}
     # Example: the truth is class 2 of task 7. The predictor says task 3, and head 3 says class 2.
     # `local` compares the numbers of the classes, so it counts that as right, and so do the
-    # controls. `strict` also compares the tasks. The paper seems to count like `local`: in two
-    # columns, its FAA is higher than its Task Acc, which `strict` can never be.
+    # controls. `strict` also compares the tasks. The paper seems to count like `local`: in two of
+    # its four experiments, its FAA is higher than its Task Acc. That cannot happen with `strict`.
     hits["task"] = t_hat == task_ids
     hits["strict"] = hits["local"] & hits["task"]
     n_tasks = task_ids.max().item() + 1

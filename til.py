@@ -9,7 +9,7 @@
 Read this file from top to bottom: the two algorithms, how a modulation is trained, and then
 `experiment`, which is everything that happens with one seed, from the images to the numbers of a
 row in the table. From the heading `files` on, you can skip it at first. (A run begins in `main`, at
-the end: it calls `experiment` for each seed.)
+the very end. It calls `experiment` for each seed.)
 
 What is trained is kept in a folder of runs/. With another memory, nothing is trained again. If you
 start a stopped command once more, it goes on where it was.
@@ -17,8 +17,8 @@ start a stopped command once more, it goes on where it was.
 The name of the folder stands for the options of the training, the images, the weights of the ViT,
 and the code of vit.py, lora.py, data.py and this file, without comments. If you change any of
 these, even if it is only the evaluation in this file, everything is trained anew in another folder.
-Changes in other files are not noticed. If the training uses a new file of yours, remove the folder
-whenever you change your file.
+(If you change mts.py, only the task predictor is trained anew.) Other files do not count: if the
+training uses a new file of yours, remove the folder whenever you change your file.
 """
 import math
 import os
@@ -63,9 +63,9 @@ def til_training(tasks, train, memory, learn):
     for t, classes in enumerate(tasks):                         # 3
         images, labels = data.task(train, classes)              # 4: D_t
         modulation = learn(t, images, labels)                   # 5, 6
-        key, value = lora.split_key(modulation.theta)           # 7: k_t, which A.1 calls v_t
+        key, value = lora.split_key(modulation.theta)           # 7: k_t (A.1 writes v_t for it)
         keys.append(key)                                        # 8
-        memory.write(key.clone(), value)                        # 9; a copy, to keep `keys` safe
+        memory.write(key.clone(), value)                        # 9; a memory may change its copy
         modulations.append(modulation)
     return keys, modulations                                    # 11
 
@@ -178,7 +178,8 @@ def find_or_train(path, net, images, labels, n_outputs, recipe, generator):
 def make_learn(args, seed, net, folder, tasks):
     """Makes the function `learn` of Algorithm 1: (t, images, labels) -> Modulation.
 
-    `learn` remembers all else that it needs, so that Algorithm 1 reads as in the paper.
+    `learn` remembers what else it needs: the network, the recipe, the seed, and where the files
+    are. So Algorithm 1 can be written as in the paper.
     """
     recipe = Recipe(args.epochs, args.batch_size, LR)
     paths = [folder / f"task{t + 1:03}.pt" for t in range(len(tasks))]
@@ -279,9 +280,11 @@ def print_classes(logits, names):
 
 # ---- files -------------------------------------------------------------------------------------
 CODE = {name: data.digest_of_code(name) for name in ("vit.py", "lora.py", "data.py", "til.py")}
-# These options are not in the digest. Most of them do not change theta_1 .. theta_T. The seed does,
-# but it is in the folder's name. Of the files in weights and data_dir, the content counts. (`row`,
-# which `parse` adds, is made from the others.) All other options count, also those that you add.
+# These options are not in the digest, all others are, also those that you add. Most of these do not
+# change theta_1 .. theta_T. The others are accounted for elsewhere:
+#   seeds               the seed is in the name of the folder
+#   weights, data_dir   what is in these files is in the digest
+#   row                 is made from the other options (see `parse`)
 NOT_FOR_THETA = {"memory", "predictor", "label_smoothing", "seeds", "weights", "data_dir", "out",
                  "predict", "task", "row"}
 # These options are not added to the name of a row: they are elsewhere in the table, or do not
