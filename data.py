@@ -361,8 +361,8 @@ def save(path, content):
     # First beside `path`, then renamed: so nobody ever finds half a file. Another command may write
     # the same file, so the number of the process is in the name.
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".json":
             scratch.write_text(json.dumps(content))
         else:
@@ -375,8 +375,16 @@ def save(path, content):
                       "there?") from error
 
 
+def make_folder(path):
+    """Makes a folder, and those above it, if they are not there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Mistake(f"cannot make the folder {path}: {error}") from error
+
+
 def read(path):
-    """The content of such a file. Raises Mistake if it is damaged."""
+    """The content of such a file. Raises Mistake if it cannot be read, or is damaged."""
     try:
         if path.suffix == ".json":
             return json.loads(path.read_text("utf-8"))
@@ -385,6 +393,8 @@ def read(path):
         if damaged:
             raise ValueError(f"the check sum of {damaged} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise Mistake(f"cannot read {path}: {error}") from error
     except Exception as error:              # of many kinds: it depends on where the damage is
         raise Mistake(f"{path} is damaged ({error}): if you remove it, it is made anew") from error
 
@@ -460,6 +470,6 @@ def one_line_errors():
         print("error:", " ".join(str(mistake).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped. What til.py and mts.py have trained is kept: the same command goes on",
-              file=sys.stderr)
+        print("stopped. What til.py and mts.py have trained to the end is kept: the same command "
+              "goes on after it", file=sys.stderr)
         sys.exit(130)

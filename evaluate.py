@@ -226,11 +226,16 @@ def seeds_of(runs):
 def clash(a, b):
     """True if two results should not be compared.
 
-    They have used different versions of a file, or they have the same name but other data or code.
+    They have used different versions of a file. Or they have the same options, but other images or
+    weights, so that the first half of the digest differs.
     """
     shared = a["code"].keys() & b["code"].keys()
     other_code = any(a["code"][name] != b["code"][name] for name in shared)
-    return other_code or (a["row"] == b["row"] and a["digest"] != b["digest"])
+    _, _, options_a = a["row"].partition(" ")
+    _, _, options_b = b["row"].partition(" ")
+    trained_a, _, _ = a["digest"].partition("-")
+    trained_b, _, _ = b["digest"].partition("-")
+    return other_code or (options_a == options_b and trained_a != trained_b)
 
 
 def cell(heading, runs):
@@ -302,7 +307,7 @@ def bench_memory(memory, thetas):
     for key, value in data.progress(pairs, "writing"):
         memory.write(key.clone(), value)
     written = time.perf_counter()
-    recalled = [memory.read(key.clone()) for key, _ in data.progress(pairs, "reading")]
+    recalled = [memory.read(key.clone()).clone() for key, _ in data.progress(pairs, "reading")]
     read = time.perf_counter()
     return {
         "write_ms": 1000 * (written - start) / T,

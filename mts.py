@@ -37,15 +37,18 @@ def mts_inference(net, predictor, heads, images, keys, memory):
     are classified together, so that each modulation is recalled only once.
     """
     t_hat = predict_task(net, predictor, images, len(keys))                 # 3
-    theta_hat = {t: memory.read(keys[t].clone()) for t in t_hat.unique().tolist()}      # 5
-    logits = classify_each(net, heads, images, t_hat, theta_hat)            # 7
+    logits = torch.empty(len(images), heads[0].out_features)
+    for t in t_hat.unique().tolist():
+        of_task_t = t_hat == t
+        logits[of_task_t] = til.til_inference(                              # 5, 7: Algorithm 2
+            net, heads[t], images[of_task_t], keys[t], memory)
     return t_hat, logits                                                    # 8
 
 
 def classify_each(net, heads, images, task_ids, thetas):
     """Logits (n, classes of a task): image i is classified with theta and head of task_ids[i].
 
-    thetas[t] and heads[t] belong to task t. thetas can be a list or a dictionary.
+    This is for the ground truth and the controls. thetas[t] and heads[t] are those of task t.
     """
     logits = torch.empty(len(images), heads[0].out_features)
     for t in task_ids.unique().tolist():
@@ -105,6 +108,8 @@ def make_learn_predictor(args, seed, net, path):
         print(f"{path.name} found, not trained again", flush=True)
     else:
         print(f"trains the task predictor, kept as {path.name}", flush=True)
+        if args.device == "cpu" and args.backbone != "vit_micro":
+            print("without a GPU, this can take hours: see README.md", flush=True)
 
     def learn_predictor(train, tasks):
         targets, n_targets = predictor_targets(train, tasks, args.predictor)

@@ -237,8 +237,8 @@ def experiment(args, seed, train, test):
         for way, z in logits.items():
             per_task.setdefault(way, []).append(evaluate.percent(z.argmax(1) == labels))
     # Recalled once more, to compare the thetas themselves.
-    recalled = [memory.read(key.clone()) for key in data.progress(keys, "recalling theta")]
-    errors = map(evaluate.recall_error, recalled, thetas)
+    errors = [evaluate.recall_error(memory.read(key.clone()), theta)
+              for key, theta in data.progress(list(zip(keys, thetas)), "recalling theta")]
 
     faa = {way: evaluate.faa(accuracies) for way, accuracies in per_task.items()}
     figures = {
@@ -256,12 +256,14 @@ def make_network(args, seed, train, test):
     content = train.images, train.labels, test.images, test.labels, *backbone.parameters()
     digest = data.digest(options, CODE, *content)
     run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
+    folder = args.out / run
+    data.make_folder(folder)                    # now, to know before the training that it works
     # On a GPU, W is bfloat16 (see set_up_torch). That is too coarse for AdamW's small steps, so
     # theta and the heads stay float32, and so do the mean and std of the pixels.
     for weight in backbone.parameters():
         weight.data = weight.data.to(getattr(torch, args.dtype))
     net = lora.ModulatedViT(backbone.to(args.device), args.rank, args.alpha)
-    return net, args.out / run
+    return net, folder
 
 
 def predict(args, train, tasks, net, keys, modulations, memory):

@@ -226,9 +226,9 @@ def read_weights(path):
             state = state.get(part, state)
         return {name: weight.float() for name, weight in state.items()}
     except Exception as error:              # of many kinds: it depends on what the file is
-        raise Mistake(f"{path} holds no weights, or is damaged: expected a dictionary of tensors, "
-                      "written by torch.save, such as pytorch_model.bin (and not .safetensors). "
-                      "If it is a download that was cut short, remove it") from error
+        raise Mistake(f"{path} holds no weights, or is damaged ({error}): expected a dictionary of "
+                      "tensors, written by torch.save, such as pytorch_model.bin (and not "
+                      ".safetensors). If it is a download that was cut short, remove it") from error
 
 
 # Names in published files, and ours, in the order in which they are replaced. timm and DINOv2 name
@@ -302,4 +302,5 @@ def compare(found, expected, message):
         ours = tuple(expected[name].shape) if name in expected else "no such weight"
         theirs = tuple(found[name].shape) if name in found else "no such weight"
         if ours != theirs:
-            raise Mistake(f"{message}: {name} should be {ours}, but in the file it is {theirs}")
+            raise Mistake(f"{message}: {name} should be {ours}, but in the file it is {theirs}. "
+                          f"The first names there are {list(found)[:3]}")
