@@ -59,7 +59,7 @@ def classify_each(net, heads, images, task_ids, thetas):
 
 # ---- the task predictor ------------------------------------------------------------------------
 def predict_task(net, predictor, images, n_tasks):
-    """t_hat (n,): the most probable task of each image.
+    """t_hat (n,): the most probable task of each image. predictor is a Modulation.
 
     The paper's predictor has an output for each task. With --predictor classes, it has an output
     for each class, in the order of the tasks. Then the probability of a task is the sum over its
