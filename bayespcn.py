@@ -15,13 +15,14 @@ The idea
 
     A write is given theta, and a read only its key. Both begin with the same search: which numbers
     in the hidden layers x^1, x^2, x^3 explain best what is known?
-        - A write stores theta. As no x^1 predicts a new theta yet, the search ends at an x^1 about
-          whose prediction the memory is unsure. This x^1 becomes the address of theta: the write
-          changes the weights, so that from now on, it predicts theta, both the key and the value.
+        - A write stores theta. No x^1 predicts a new theta yet. The least bad x^1 is one whose
+          prediction is very uncertain, and the search ends at such a one. It becomes the address of
+          theta: the write changes the weights, so that from now on, this x^1 predicts theta, both
+          the key and the value.
         - A read finds the address again, from the key. A key has thousands of elements, and x^1 has
           only 256, so hardly any other x^1 predicts this key. (Nothing guarantees that a search
-          finds it. In our runs, it found it, or at least its direction: see "Two ways to read".)
-          Then the read lets this x^1 predict the value.
+          finds it. In our runs, one of the "Two ways to read", below, found the address, and the
+          other found its direction.) Then the read lets this x^1 predict the value.
 
 What is Bayesian about it
     Each prediction is a linear regression with weights W_l. The memory does not decide what the
@@ -33,9 +34,9 @@ What is Bayesian about it
     z = GELU(x^1), as z R_0. In the direction of a z that was used before, the memory is sure of its
     prediction (its variance v_0, below, is small), so a new theta is very unlikely there. In an
     unused direction, the memory is in doubt, and any theta is possible. So the search for a new
-    theta ends in an unused direction, and the update changes little in the used ones. Each write
-    uses up about one of the 256 directions of z. So about 256 thetas fit. If there are more, the
-    recall of all of them suffers.
+    theta ends in an unused direction. The update changes the prediction in proportion to the doubt
+    about it, so it changes little in the used directions. Each write uses up about one of the 256
+    directions of z. So about 256 thetas fit. If there are more, the recall of all of them suffers.
 
 The symbols, to look up
     symbol      code            shape       meaning
@@ -85,8 +86,8 @@ Two ways to read
 What is not exact
     What marginal recalls has 95 % of the length, because a write does not learn all. The search of
     a write makes v_0 = s2 + z U_0 z^T about as large as the mean square of theta's elements, which
-    is 25 s2 on glyphs. Then one observation corrects the share z U_0 z^T / v_0 of the error of a
-    prediction. This is 24/25, or 96 %, which is about what we measured.
+    is 25 s2 on glyphs. One observation corrects the share z gain = z U_0 z^T / v_0 of the error of
+    its prediction (see `regress`). This is 24/25, or 96 %, which is about what we measured.
 
     Also, the hidden layers are only one guess. Yoo & Wood can keep many guesses, each with a belief
     of its own. They call such a guess, together with its belief, a particle.
@@ -145,6 +146,7 @@ class BayesPCN:
     def write(self, key, value):
         """Stores theta = key (+) value."""
         theta = torch.cat([key, value]).double()                    # (P,)
+        # Each write begins at random numbers of its own: see `noise`.
         hidden = self.search(theta, self.dim, stream=self.layers + 1 + self.n_written)
         self.update([theta, *hidden])
 

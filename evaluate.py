@@ -58,7 +58,8 @@ def make_memory(text, dim):
                            "name is not a word of Python")
     module = importlib.import_module(name)
     for code in (f"{name}.py", "evaluate.py"):
-        data.digest_of_code(code)           # is remembered for save_result, at the end of the run
+        # It is remembered. So save_result knows the code that ran, even if you edit it meanwhile.
+        data.digest_of_code(code)
     classes = {word.replace("_", "").lower(): thing for word, thing in vars(module).items()}
     memory = classes.get(name.replace("_", "").lower())
     if not hasattr(memory, "write"):

@@ -17,7 +17,7 @@ import torch
 
 
 class Hopfield:
-    """The memory. A.2 gives a temperature of 25, which we take as beta = 1 / temperature."""
+    """The memory. A.2 calls 25 the temperature. We take it as beta, the inverse temperature."""
 
     def __init__(self, dim=None, beta=25.0):
         # dim, the length of theta, is passed to every memory. This one does not use it.

@@ -108,7 +108,7 @@ class ModulatedViT(nn.Module):
         batch_size = len(x)
         if batch_size not in self.graphs:
             # make_graphed_callables replaces the `forward` of the module that it is given. We still
-            # need ours, so we give it a wrapper.
+            # need that of `self`, so we give it a wrapper.
             wrapper = nn.Sequential(self)
             self.graphs[batch_size] = torch.cuda.make_graphed_callables(wrapper, (x.clone(),))
         return self.graphs[batch_size](x)
@@ -121,8 +121,9 @@ def split_key(theta):
     The paper (section 3.1) writes the value theta_t / k_t, which is not a division. (This key and
     this value belong to a memory. They are not those of attention.)
 
-    Why can a piece of theta be a key? More than half of the elements of a key belong to an A (with
-    12 blocks, it has almost three A and two B), and every task begins with another random A.
+    Why can a piece of theta be a key? More than half of the elements of a key belong to an A, and
+    every task begins with another random A. (With 12 blocks, theta has 48 matrices A and B, and a
+    tenth of them are A, B, A, B and most of an A.)
     Training changes A, but the keys of two tasks are still nearly orthogonal (see the numbers in
     hopfield.py), so that a memory can tell them apart.
     """

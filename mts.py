@@ -92,7 +92,7 @@ def flips_and_crops(n, generator):
     """
     area = 0.35 + 0.65 * torch.rand(n, 1, generator=generator)
     side = area.sqrt()
-    # The centre may be anywhere where the whole square lies inside the image.
+    # The image spans [-1, 1]. The square lies inside if its centre is at most 1 - side away from 0.
     centre = (1 - side) * (2 * torch.rand(n, 2, generator=generator) - 1)
     crop = torch.cat([side, centre], dim=1)                     # (n, 3), see ViT.prepare
     return {"crop": crop} | til.flips(n, generator)

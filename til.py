@@ -12,7 +12,7 @@ row in the table. From the heading `files` on, you can skip it at first. (A run 
 the very end. It calls `experiment` for each seed.)
 
 What is trained is kept in a folder of runs/. With another memory, nothing is trained again. If you
-start a stopped command once more, it goes on where it was.
+start a stopped command once more, it goes on after the last task that was finished.
 
 The name of the folder stands for the options of the training, the images, the weights of the ViT,
 and the code of vit.py, lora.py, data.py and this file, without comments. If you change any of
@@ -259,7 +259,7 @@ def make_network(args, seed, train, test):
     folder = args.out / run
     data.make_folder(folder)                    # now, to know before the training that it works
     # On a GPU, W is bfloat16 (see set_up_torch). That is too coarse for AdamW's small steps, so
-    # theta and the heads stay float32, and so do the mean and std of the pixels.
+    # theta and the heads, which are made later, are float32.
     for weight in backbone.parameters():
         weight.data = weight.data.to(getattr(torch, args.dtype))
     net = lora.ModulatedViT(backbone.to(args.device), args.rank, args.alpha)
@@ -282,8 +282,8 @@ def print_classes(logits, names):
 
 # ---- files -------------------------------------------------------------------------------------
 CODE = {name: data.digest_of_code(name) for name in ("vit.py", "lora.py", "data.py", "til.py")}
-# These options are not in the digest, all others are, also those that you add. Most of these do not
-# change theta_1 .. theta_T. The others are accounted for elsewhere:
+# Every option is in the digest, also one that you add, but for these. Most of them do not change
+# theta_1 .. theta_T. The others are accounted for elsewhere:
 #   seeds               the seed is in the name of the folder
 #   weights, data_dir   what is in these files is in the digest
 #   row                 is made from the other options (see `parse`)
