@@ -17,7 +17,7 @@ import torch
 
 
 class Hopfield:
-    """The memory. A.2 calls 25 the temperature. We take it as beta, the inverse temperature."""
+    """The memory. beta is 25, as in the paper (A.2, where it is called the softmax temperature)."""
 
     def __init__(self, dim=None, beta=25.0):
         # dim, the length of theta, is passed to every memory. This one does not use it.
