@@ -92,8 +92,9 @@ def weights(x, y, thetas):
 
 def bars(y, figures):
     """The accuracy with each kind of modulation."""
-    rows = (("none: no modulation", "none", GREY), ("wrong: the θ of another task", "wrong", GREY),
-            ("linear: no θ, but a head of its own", "linear", GREY),
+    rows = (("none: no θ, the same head", "none", GREY),
+            ("wrong: θ of another task, the same head", "wrong", GREY),
+            ("linear: no θ, a head trained without θ", "linear", GREY),
             ("FAA(M): with the recalled θ", "FAA(M)", BLUE),
             ("FAA_GT: with θ as it was trained", "FAA_GT", DARK))
     svg = [text(440, y - 12, "accuracy in %, mean of all tasks", size=20)]
