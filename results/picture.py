@@ -75,7 +75,7 @@ def weights(x, y, thetas):
         memory.write(key, value)
     T = len(thetas)
     cell = 260 / T
-    svg = [text(x, y - 12, "weight of each stored θ in a read", size=20)]
+    svg = [text(x, y - 12, "share of each stored θ in a read", size=20)]
     for row, (key, _) in enumerate(pairs):
         for column, weight in enumerate(memory.attention(key).tolist()):
             if weight > 0.005:
