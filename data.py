@@ -128,9 +128,9 @@ def downloading(data_dir):
     try:
         yield
     except Exception as error:              # of many kinds: a network can fail in many ways
-        raise Mistake(f"cannot download to {data_dir} ({error}): this needs a network, but only "
-                      "once. If another command downloads at this moment, wait for it. If an "
-                      "archive was cut short, remove it") from error
+        raise Mistake(f"cannot download to {data_dir}, or the files there are damaged ({error}). A "
+                      "download needs a network, but only once. If another command downloads at "
+                      "this moment, wait for it. If a file was cut short, remove it") from error
 
 
 # ---- pictures of your own ----------------------------------------------------------------------
@@ -302,7 +302,7 @@ def split(n_classes, n_tasks, seed):
     # A task with one class would leave nothing to learn.
     possible = [n for n in range(1, n_classes // 2 + 1) if n_classes % n == 0]
     if n_tasks not in possible:
-        numbers = ", ".join(map(str, possible))
+        numbers = ", ".join(map(str, possible)) or "nothing, as there must be two or more classes"
         raise Mistake(f"{n_classes} classes cannot be split into {n_tasks} equal tasks of two or "
                       f"more: --splits can be {numbers}")
     order = np.random.default_rng(seed).permutation(n_classes)

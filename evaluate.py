@@ -24,6 +24,8 @@ import data
 import lora
 import vit
 
+CODE = data.digest_of_code("evaluate.py")       # now: what counts is the code that runs
+
 
 # ---- metrics -----------------------------------------------------------------------------------
 def faa(accuracies):
@@ -57,9 +59,8 @@ def make_memory(text, dim):
         raise data.Mistake(f"there is no memory {name}: no file {name}.py beside til.py, or its "
                            "name is not a word of Python")
     module = importlib.import_module(name)
-    for code in (f"{name}.py", "evaluate.py"):
-        # It is remembered. So save_result knows the code that ran, even if you edit it meanwhile.
-        data.digest_of_code(code)
+    # It is remembered. So save_result knows the code that ran, even if you edit it meanwhile.
+    data.digest_of_code(f"{name}.py")
     classes = {word.replace("_", "").lower(): thing for word, thing in vars(module).items()}
     memory = classes.get(name.replace("_", "").lower())
     if not hasattr(memory, "write"):
@@ -227,16 +228,15 @@ def seeds_of(runs):
 def clash(a, b):
     """True if two results should not be compared.
 
-    They have used different versions of a file. Or they have the same options, but other images or
-    weights, so that the first half of the digest differs.
+    They have used different versions of a file, or other images or weights, although their options
+    do not say so. Or else they have the same name, but another digest.
     """
     shared = a["code"].keys() & b["code"].keys()
     other_code = any(a["code"][name] != b["code"][name] for name in shared)
-    _, _, options_a = a["row"].partition(" ")
-    _, _, options_b = b["row"].partition(" ")
-    trained_a, _, _ = a["digest"].partition("-")
-    trained_b, _, _ = b["digest"].partition("-")
-    return other_code or (options_a == options_b and trained_a != trained_b)
+    input_options = ("backbone", "image_size", "validate")
+    same_input = all(a.get(option) == b.get(option) for option in input_options)
+    other_content = same_input and a.get("content") != b.get("content")
+    return other_code or other_content or (a["row"] == b["row"] and a["digest"] != b["digest"])
 
 
 def cell(heading, runs):

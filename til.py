@@ -249,12 +249,16 @@ def experiment(args, seed, train, test):
 
 
 def make_network(args, seed, train, test):
-    """The network that all tasks share, and the folder for what is trained with it."""
+    """The network that all tasks share, and the folder for what is trained with it.
+
+    Sets args.content, a hash of the images and of W, by which tables tell rows apart.
+    """
     backbone = vit.load(args.backbone, args.weights, args.image_size)
     # NOT_FOR_THETA and CODE are explained under `files`, below.
     options = {name: value for name, value in vars(args).items() if name not in NOT_FOR_THETA}
-    content = train.images, train.labels, test.images, test.labels, *backbone.parameters()
-    digest = data.digest(options, CODE, *content)
+    args.content = data.digest(
+        train.images, train.labels, test.images, test.labels, *backbone.parameters())
+    digest = data.digest(options, CODE, args.content)
     run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
     folder = args.out / run
     data.make_folder(folder)                    # now, to know before the training that it works
@@ -287,8 +291,9 @@ CODE = {name: data.digest_of_code(name) for name in ("vit.py", "lora.py", "data.
 #   seeds               the seed is in the name of the folder
 #   weights, data_dir   what is in these files is in the digest
 #   row                 is made from the other options (see `parse`)
+#   content             is counted by itself (see make_network)
 NOT_FOR_THETA = {"memory", "predictor", "label_smoothing", "seeds", "weights", "data_dir", "out",
-                 "predict", "task", "row"}
+                 "predict", "task", "row", "content"}
 # These options are not added to the name of a row: they are elsewhere in the table, or do not
 # matter for it. (The memory is the first word of the name.)
 NOT_IN_ROW = {"dataset", "splits", "memory", "seeds", "weights", "data_dir", "out", "device",
