@@ -470,6 +470,6 @@ def one_line_errors():
         print("error:", " ".join(str(mistake).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped. What til.py and mts.py have trained to the end is kept: the same command "
-              "goes on after it", file=sys.stderr)
+        print("stopped. Modulations that were trained to the end are kept: til.py and mts.py go on "
+              "after them", file=sys.stderr)
         sys.exit(130)

@@ -220,8 +220,9 @@ def seeds_of(runs):
     """The seeds of a row, as text. Raises Mistake if there are two results of one seed."""
     seeds = [run["seed"] for run in runs]
     if len({*seeds}) < len(seeds):
-        paths = " and ".join(str(run.get("path")) for run in runs)
-        raise data.Mistake(f"there are two results of one seed: {paths}")
+        paths = [str(run.get("path")) for run in runs if seeds.count(run["seed"]) > 1]
+        raise data.Mistake("there are two results of one seed, so give only one of them: "
+                           + " and ".join(paths))
     return " ".join(map(str, seeds))
 
 
@@ -231,12 +232,12 @@ def clash(a, b):
     They have used different versions of a file, or other images or weights, although their options
     do not say so. Or else they have the same name, but another digest.
     """
-    shared = a["code"].keys() & b["code"].keys()
-    other_code = any(a["code"][name] != b["code"][name] for name in shared)
-    input_options = ("backbone", "image_size", "validate")
-    same_input = all(a.get(option) == b.get(option) for option in input_options)
-    other_content = same_input and a.get("content") != b.get("content")
-    return other_code or other_content or (a["row"] == b["row"] and a["digest"] != b["digest"])
+    hashes_a = a["code"] | a.get("content", {})
+    hashes_b = b["code"] | b.get("content", {})
+    shared = hashes_a.keys() & hashes_b.keys()      # none, if one is of a very old version
+    if not shared or any(hashes_a[name] != hashes_b[name] for name in shared):
+        return True
+    return a["row"] == b["row"] and a["digest"] != b["digest"]
 
 
 def cell(heading, runs):

@@ -251,13 +251,15 @@ def experiment(args, seed, train, test):
 def make_network(args, seed, train, test):
     """The network that all tasks share, and the folder for what is trained with it.
 
-    Sets args.content, a hash of the images and of W, by which tables tell rows apart.
+    Sets args.content, hashes of the images and of W, by which tables tell rows apart.
     """
     backbone = vit.load(args.backbone, args.weights, args.image_size)
     # NOT_FOR_THETA and CODE are explained under `files`, below.
     options = {name: value for name, value in vars(args).items() if name not in NOT_FOR_THETA}
-    args.content = data.digest(
-        train.images, train.labels, test.images, test.labels, *backbone.parameters())
+    images = "images --validate" if args.validate else "images"
+    args.content = {
+        images: data.digest(train.images, train.labels, test.images, test.labels),
+        f"{args.backbone}, {args.image_size} pixels": data.digest(*backbone.parameters())}
     digest = data.digest(options, CODE, args.content)
     run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
     folder = args.out / run
