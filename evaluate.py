@@ -56,8 +56,8 @@ def make_memory(text, dim):
     """
     name, _, options = text.partition(":")
     if not name.isidentifier() or not Path(__file__).with_name(f"{name}.py").exists():
-        raise data.Mistake(f"there is no memory {name}: no file {name}.py beside til.py, or its "
-                           "name is not a word of Python")
+        raise data.Mistake(f"there is no memory {name}: no file {name}.py beside til.py. "
+                           "Give its name without .py: it must be a word of Python")
     module = importlib.import_module(name)
     # It is remembered. So save_result knows the code that ran, even if you edit it meanwhile.
     data.digest_of_code(f"{name}.py")
@@ -66,7 +66,8 @@ def make_memory(text, dim):
     if not hasattr(memory, "write"):
         raise data.Mistake(f"there is no memory in {name}.py: no class {name} with `write`")
     defaults = {option: parameter.default
-                for option, parameter in inspect.signature(memory).parameters.items()}
+                for option, parameter in inspect.signature(memory).parameters.items()
+                if option != "dim" and parameter.default is not parameter.empty}
     given = {}
     for pair in filter(None, options.split(",")):
         option, _, value = pair.partition("=")

@@ -208,12 +208,12 @@ def make_parser(description):
     parser.add_argument("--predictor", choices=("tasks", "classes"), default="tasks",
                         help="what it learns: the tasks, as in the paper, or all classes "
                              "(default: tasks)")
-    parser.add_argument("--label-smoothing", type=below_one, default=0.0,
+    parser.add_argument("--label-smoothing", type=number_below_one, default=0.0,
                         help="of the predictor (default: 0)")
     return parser
 
 
-def below_one(text):
+def number_below_one(text):
     """A type for argparse: numbers in [0, 1)."""
     if not 0 <= float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")

@@ -227,8 +227,9 @@ def read_weights(path):
         return {name: weight.float() for name, weight in state.items()}
     except Exception as error:              # of many kinds: it depends on what the file is
         raise Mistake(f"{path} holds no weights, or is damaged ({error}): expected a dictionary of "
-                      "tensors, written by torch.save, such as pytorch_model.bin (and not "
-                      ".safetensors). If it is a download that was cut short, remove it") from error
+                      "tensors, or one under the name model, state_dict or model_state_dict, "
+                      "written by torch.save, such as pytorch_model.bin (and not .safetensors). "
+                      "If it is a download that was cut short, remove it") from error
 
 
 # Names in published files, and ours, in the order in which they are replaced. timm and DINOv2 name
