@@ -195,7 +195,7 @@ class BayesPCN:
         hidden = self.noise(stream, self.layers - 1, self.H).requires_grad_()
         error_0 = self.squared_error(x0)
         adam = torch.optim.Adam([hidden], self.lr)
-        # With a constant learning rate, E would jump around its minimum and never settle.
+        # With a constant learning rate, E would jump around its minimum, and hardly ever settle.
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, self.decay)
         self.trace = []
         # The matrices are small: with more threads, most of the time would be spent on waiting.
