@@ -94,6 +94,14 @@ def parse_option(pair, text, default):
     return value
 
 
+def check_theta(theta, P):
+    """Raises Mistake if what a memory's read has returned is not a vector of P finite numbers."""
+    shape = tuple(theta.shape) if torch.is_tensor(theta) else "of no tensor"
+    if shape != (P,) or not theta.isfinite().all():
+        raise data.Mistake(f"theta should be {P} finite numbers, but it is {theta}, of the shape "
+                           f"{shape}. A memory's read should return the key, and then the value")
+
+
 # ---- the control `linear`: what is possible without a modulation? ------------------------------
 @torch.no_grad()
 def linear_heads(net, train, tasks):
@@ -288,6 +296,11 @@ def results_in(file):
 # ---- a benchmark of the memories, on random numbers --------------------------------------------
 def bench(args):
     """Prints the time, the size and the recall error of memories, and writes them to --out."""
+    if args.out.suffix != ".json":
+        raise data.Mistake(f"--out {args.out} should end in .json")
+    for name in args.memory:                # to know now, and not after the memories before it
+        if not hasattr(make_memory(name, args.dim), "nbytes"):
+            raise data.Mistake(f"{name} should have `nbytes`, its size in bytes: see README.md")
     torch.set_num_threads(1)                # times of different computers compare better
     rows = []
     for name in args.memory:
@@ -312,6 +325,8 @@ def bench_memory(memory, thetas):
     written = time.perf_counter()
     recalled = [memory.read(key.clone()).clone() for key, _ in data.progress(pairs, "reading")]
     read = time.perf_counter()
+    for theta_hat in recalled:
+        check_theta(theta_hat, len(thetas[0]))
     return {
         "write_ms": 1000 * (written - start) / T,
         "read_ms": 1000 * (read - written) / T,
@@ -324,7 +339,7 @@ def main():
     parser = data.parser(__doc__)
     add = parser.add_argument
     positive = data.whole_number(1)
-    add("paths", type=Path, nargs="+", help="files with results, and folders; or the word bench")
+    add("paths", type=Path, nargs="*", help="files with results, and folders; or the word bench")
     add("--memory", nargs="+", default=["hopfield", "bayespcn"],
         help="for bench: memories, as for til.py (default: hopfield bayespcn)")
     add("--tasks", type=positive, nargs="+", default=[20, 100],
@@ -336,6 +351,8 @@ def main():
     args = parser.parse_args()
     if args.paths == [Path("bench")]:
         bench(args)
+    elif Path("bench") in args.paths or not args.paths:
+        raise data.Mistake("say `bench` alone, or name files and folders, and put options after that")
     else:
         print(tables(find_results(args.paths)))
 

@@ -126,7 +126,7 @@ def experiment(args, seed, train, test):
     """
     start = time.perf_counter()
     tasks = data.split(len(train.classes), args.splits, seed)
-    net, folder = til.make_network(args, seed, train, test)
+    net, folder = til.make_network(args, seed)
     memory = evaluate.make_memory(args.memory, len(net.theta))
     path = predictor_path(args, folder)
     learn_predictor = make_learn_predictor(args, seed, net, path)

@@ -86,11 +86,7 @@ def classify(net, head, images, theta):
     All tasks share the network `net`, so each call begins by copying its theta (P,) into it. Raises
     Mistake if theta has another shape, or is not finite.
     """
-    P = len(net.theta)
-    shape = tuple(theta.shape) if torch.is_tensor(theta) else "of no tensor"
-    if shape != (P,) or not theta.isfinite().all():
-        raise data.Mistake(f"theta should be {P} finite numbers, but it is {theta}, of the shape "
-                           f"{shape}. A memory's read should return the key, and then the value")
+    evaluate.check_theta(theta, len(net.theta))
     net.theta.copy_(theta)
     return head(vit.features(net, images)).cpu()
 
@@ -210,7 +206,7 @@ def experiment(args, seed, train, test):
     """Algorithms 1 and 2, and the controls. The "figures" of its result are a row in the table."""
     start = time.perf_counter()
     tasks = data.split(len(train.classes), args.splits, seed)
-    net, folder = make_network(args, seed, train, test)         # folder: for what is trained
+    net, folder = make_network(args, seed)                     # folder: for what is trained
     memory = evaluate.make_memory(args.memory, len(net.theta))
     learn = make_learn(args, seed, net, folder, tasks)
     keys, modulations = til_training(tasks, train, memory, learn)
@@ -248,18 +244,12 @@ def experiment(args, seed, train, test):
     return save_result("til", args, seed, folder, start, figures, per_task)
 
 
-def make_network(args, seed, train, test):
-    """The network that all tasks share, and the folder for what is trained with it.
-
-    Sets args.content, hashes of the images and of W, by which tables tell rows apart.
-    """
+def make_network(args, seed):
+    """The network that all tasks share, and the folder for what is trained with it."""
     backbone = vit.load(args.backbone, args.weights, args.image_size)
     # NOT_FOR_THETA and CODE are explained under `files`, below.
     options = {name: value for name, value in vars(args).items() if name not in NOT_FOR_THETA}
-    images = "images --validate" if args.validate else "images"
-    args.content = {
-        images: data.digest(train.images, train.labels, test.images, test.labels),
-        f"{args.backbone}, {args.image_size} pixels": data.digest(*backbone.parameters())}
+    args.content[f"{args.backbone}, {args.image_size} pixels"] = data.digest(*backbone.parameters())
     digest = data.digest(options, CODE, args.content)
     run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
     folder = args.out / run
@@ -415,13 +405,21 @@ def set_up_torch(args):
     warnings.filterwarnings("ignore", module="torch.autograd")
 
 
+def load_images(args):
+    """(train, test), as the options say."""
+    train, test = data.load(args.dataset, args.data_dir)
+    # Hashes of the images, and later of W (see make_network). By these, tables tell rows apart.
+    args.content = {"images": data.digest(train.images, train.labels, test.images, test.labels)}
+    if args.validate:
+        train, test = data.hold_out(train)
+    return train, test
+
+
 def main(parser, run_one_seed):
     """Calls run_one_seed(args, seed, train, test) for each seed, and prints a table."""
     args = parse(parser)
     set_up_torch(args)
-    train, test = data.load(args.dataset, args.data_dir)
-    if args.validate:
-        train, test = data.hold_out(train)
+    train, test = load_images(args)
     # torchrun starts several processes, and numbers them. Each takes its share of the seeds.
     process = int(os.environ.get("RANK", 0))
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
