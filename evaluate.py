@@ -56,8 +56,8 @@ def make_memory(text, dim):
     """
     name, _, options = text.partition(":")
     if not name.isidentifier() or not Path(__file__).with_name(f"{name}.py").exists():
-        raise data.Mistake(f"there is no memory {name}: no file {name}.py beside til.py. "
-                           "Give its name without .py: it must be a word of Python")
+        raise data.Mistake(f"there is no memory {name}: expected the name of a file beside til.py, "
+                           "without .py, and in letters, digits and underscores")
     module = importlib.import_module(name)
     # It is remembered. So save_result knows the code that ran, even if you edit it meanwhile.
     data.digest_of_code(f"{name}.py")
@@ -72,7 +72,9 @@ def make_memory(text, dim):
     for pair in filter(None, options.split(",")):
         option, _, value = pair.partition("=")
         if option not in defaults:
-            raise data.Mistake(f"--memory {text}: {name} has no option {option}")
+            options = ", ".join(defaults) or "none"
+            raise data.Mistake(
+                f"--memory {text}: {name} has no option {option}. Its options are: {options}")
         given[option] = parse_option(pair, value, defaults[option])
     # A memory may draw random numbers: always the same.
     torch.manual_seed(0)
@@ -298,16 +300,13 @@ def bench(args):
     """Prints the time, the size and the recall error of memories, and writes them to --out."""
     if args.out.suffix != ".json":
         raise data.Mistake(f"--out {args.out} should end in .json")
-    for name in args.memory:                # to know now, and not after the memories before it
-        if not hasattr(make_memory(name, args.dim), "nbytes"):
-            raise data.Mistake(f"{name} should have `nbytes`, its size in bytes: see README.md")
     torch.set_num_threads(1)                # times of different computers compare better
+    for name in args.memory:                # a first try, to know now if one of them does not work
+        bench_memory(name, 2, args.dim)
     rows = []
     for name in args.memory:
         for T in args.tasks:
-            # The elements are about as large as those of a trained modulation of a ViT-S.
-            thetas = 0.03 * torch.randn(T, args.dim, generator=data.generator(T))
-            row = {"memory": name, "T": T} | bench_memory(make_memory(name, args.dim), thetas)
+            row = bench_memory(name, T, args.dim)
             rows.append(row)
             print("{memory:20} T {T:3}  write {write_ms:6.1f} ms  read {read_ms:6.1f} ms  "
                   "{MB:6.1f} MB  error {error:.4f}".format(**row), flush=True)
@@ -315,22 +314,30 @@ def bench(args):
     print(f"wrote {args.out}")
 
 
-def bench_memory(memory, thetas):
-    """How an empty memory stores thetas (T, P), and recalls them when all are stored."""
-    T = len(thetas)
+def bench_memory(name, T, P):
+    """How the memory `name` stores T random vectors (P,), and recalls them when all are stored."""
+    memory = make_memory(name, P)
+    # The elements are about as large as those of a trained modulation of a ViT-S.
+    thetas = 0.03 * torch.randn(T, P, generator=data.generator(T))
     pairs = [lora.split_key(theta) for theta in thetas]
     start = time.perf_counter()
     for key, value in data.progress(pairs, "writing"):
         memory.write(key.clone(), value)
     written = time.perf_counter()
-    recalled = [memory.read(key.clone()).clone() for key, _ in data.progress(pairs, "reading")]
+    recalled = []
+    for key, _ in data.progress(pairs, "reading"):
+        theta_hat = memory.read(key.clone())
+        check_theta(theta_hat, P)
+        recalled.append(theta_hat.clone())
     read = time.perf_counter()
-    for theta_hat in recalled:
-        check_theta(theta_hat, len(thetas[0]))
+    nbytes = getattr(memory, "nbytes", None)
+    if not isinstance(nbytes, (int, float)):
+        raise data.Mistake(f"{name} should have a property `nbytes`, its size: see README.md")
     return {
+        "memory": name, "T": T,
         "write_ms": 1000 * (written - start) / T,
         "read_ms": 1000 * (read - written) / T,
-        "MB": memory.nbytes / 1e6,
+        "MB": nbytes / 1e6,
         "error": statistics.fmean(map(recall_error, recalled, thetas))}
 
 
@@ -344,7 +351,7 @@ def main():
         help="for bench: memories, as for til.py (default: hopfield bayespcn)")
     add("--tasks", type=positive, nargs="+", default=[20, 100],
         help="for bench: how many modulations to store (default: 20 100)")
-    add("--dim", type=positive, default=147_456,
+    add("--dim", type=data.whole_number(10), default=147_456,
         help="for bench: the length of theta (default: 147456, that of a ViT-S)")
     add("--out", type=Path, default="runs/bench.json",
         help="for bench: the file to write (default: runs/bench.json)")
