@@ -13,7 +13,6 @@ the data sets. From `files` on, the program reads and writes files, and talks to
 import argparse
 import ast
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -410,13 +409,33 @@ def digest(*parts):
     return sha.hexdigest()[:8]
 
 
-@functools.cache
+DIGESTS = {}                                # {name of a file: hash of the code that runs}
+
+
 def digest_of_code(name):
     """A short hash of the code of a file beside this one, without comments and docstrings.
 
     It is computed once, and remembered. So what counts is the code that runs, and not what you edit
     during the run.
     """
+    if name not in DIGESTS:
+        DIGESTS[name] = read_digest_of_code(name)
+    return DIGESTS[name]
+
+
+def check_code():
+    """Raises Mistake if a file was edited, but Python still has it as it was before.
+
+    This happens in notebooks: %run imports a file only once.
+    """
+    for name, digest in DIGESTS.items():
+        if read_digest_of_code(name) != digest:
+            raise Mistake(f"Python still has {name} as it was before you changed it: restart the "
+                          "kernel, and use !python in place of %run")
+
+
+def read_digest_of_code(name):
+    """The same as digest_of_code, but not remembered."""
     tree = ast.parse(Path(__file__).with_name(name).read_bytes())
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
@@ -465,6 +484,7 @@ def one_line_errors():
     if isinstance(sys.stdout, io.TextIOWrapper):        # and not a notebook's
         sys.stdout.reconfigure(errors="replace")
     try:
+        check_code()
         yield
     except Mistake as mistake:
         print("error:", " ".join(str(mistake).split()), file=sys.stderr)

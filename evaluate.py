@@ -55,7 +55,8 @@ def make_memory(text, dim):
     theta. Raises Mistake if there is no such memory or option.
     """
     name, _, options = text.partition(":")
-    if not name.isidentifier() or not Path(__file__).with_name(f"{name}.py").exists():
+    files = [path.stem for path in Path(__file__).parent.glob("*.py")]
+    if name not in files or not name.isidentifier():
         raise data.Mistake(f"there is no memory {name}: expected the name of a file beside til.py, "
                            "without .py, and in letters, digits and underscores")
     module = importlib.import_module(name)
@@ -100,8 +101,9 @@ def check_theta(theta, P):
     """Raises Mistake if what a memory's read has returned is not a vector of P finite numbers."""
     shape = tuple(theta.shape) if torch.is_tensor(theta) else "of no tensor"
     if shape != (P,) or not theta.isfinite().all():
-        raise data.Mistake(f"theta should be {P} finite numbers, but it is {theta}, of the shape "
-                           f"{shape}. A memory's read should return the key, and then the value")
+        raise data.Mistake(
+            f"theta should be {P} finite numbers, but it is {str(theta)[:80]}, of the shape "
+            f"{shape}. A memory's read should return the key, and then the value")
 
 
 # ---- the control `linear`: what is possible without a modulation? ------------------------------
@@ -359,7 +361,7 @@ def main():
     if args.paths == [Path("bench")]:
         bench(args)
     elif Path("bench") in args.paths or not args.paths:
-        raise data.Mistake("say `bench` alone, or name files and folders, and put options after that")
+        raise data.Mistake("say `bench` alone, or name files and folders, and then put options")
     else:
         print(tables(find_results(args.paths)))
 
