@@ -108,8 +108,8 @@ class BayesPCN:
     """A memory for about `hidden` vectors theta of `dim` elements.
 
     As in the paper (A.2): 4 layers, GELU, and for reads, 500 steps of Adam with a learning rate of
-    0.01. For the rest, the paper refers to the defaults of Yoo & Wood. Ours may differ from them
-    in the width of 256, in the two sigmas, and in the search of a write, which is as in a read.
+    0.01. For the rest, the paper takes the defaults that Yoo & Wood describe. We take those of
+    their program: a width of 256, and the two sigmas. A write searches as a read does.
     Not as in the paper: the learning rate falls during a search, a search ends when E hardly
     changes, and the learning rate of 0.0001 for weights in a write is not needed.
 

@@ -46,9 +46,10 @@ QUESTIONS = [
      "reports.",
      PRESENT, lambda r: mts(r) and r["row"] in ("hopfield", "hopfield --predictor classes")),
     ("How much does BayesPCN depend on the noise that it assumes?",
-     "`sigma_obs` is this noise. If it is smaller, both reads recall better. If it is larger, "
-     "`read=joint` recalls almost nothing. (The default is 0.01. Other values were only measured with seed 0, except on "
-     "glyphs.)",
+     "`sigma_obs` is this noise. The smaller it is, the smaller is the error. With 0.03, what "
+     "`read=joint` recalls is much too short, and hardly better than no modulation. (The default is "
+     "0.01. Other values were only measured with seed 0, except on glyphs, and 0.03 only on C100-20S "
+     "and glyphs.)",
      PRESENT, lambda r: til(r) and not options(r) and "bayespcn" in r["memory"]),
     ("What do smaller images cost?",
      "The smaller the image, the less the frozen ViT alone can do (`linear`), and the more the "
