@@ -49,23 +49,11 @@ def recall_error(theta_hat, theta):
 def make_memory(text, dim):
     """An empty memory from NAME[:OPTION=VALUE,..]: the class NAME in NAME.py.
 
-    Upper and lower case do not matter in the class's name, and underscores do not, either.
-
-    "bayespcn:read=joint" is BayesPCN(dim, read="joint") of bayespcn.py, where dim is the length of
-    theta. Raises Mistake if there is no such memory or option.
+    "bayespcn:read=joint" is BayesPCN(dim=dim, read="joint") of bayespcn.py, where dim is the length
+    of theta. Raises Mistake if there is no such memory or option.
     """
     name, _, options = text.partition(":")
-    files = [path.stem for path in Path(__file__).parent.glob("*.py")]
-    if name not in files or not name.isidentifier():
-        raise data.Mistake(f"there is no memory {name}: expected the name of a file beside til.py, "
-                           "without .py, and in letters, digits and underscores")
-    module = importlib.import_module(name)
-    # It is remembered. So save_result knows the code that ran, even if you edit it meanwhile.
-    data.digest_of_code(f"{name}.py")
-    classes = {word.replace("_", "").lower(): thing for word, thing in vars(module).items()}
-    memory = classes.get(name.replace("_", "").lower())
-    if not hasattr(memory, "write"):
-        raise data.Mistake(f"there is no memory in {name}.py: no class {name} with `write`")
+    memory = find_memory(name)
     defaults = {option: parameter.default
                 for option, parameter in inspect.signature(memory).parameters.items()
                 if option != "dim" and parameter.default is not parameter.empty}
@@ -81,7 +69,28 @@ def make_memory(text, dim):
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
-    return memory(dim, **given)
+    return memory(dim=dim, **given)
+
+
+def find_memory(name):
+    """The class `name` in the file name.py. Raises Mistake if there is none.
+
+    Upper and lower case do not matter in the class's name, and underscores do not, either.
+    """
+    files = [path.stem for path in Path(__file__).parent.glob("*.py")]
+    if name not in files or not name.isidentifier():
+        raise data.Mistake(f"there is no memory {name}: expected the name of a file beside til.py, "
+                           "without .py, and in letters, digits and underscores")
+    module = importlib.import_module(name)
+    # It is remembered. So save_result knows the code that ran, even if you edit it meanwhile.
+    data.digest_of_code(f"{name}.py")
+    classes = {word.replace("_", "").lower(): thing for word, thing in vars(module).items()
+               if isinstance(thing, type)}
+    memory = classes.get(name.replace("_", "").lower())
+    if not (hasattr(memory, "write") and hasattr(memory, "read")):
+        raise data.Mistake(f"there is no memory in {name}.py: no class {name} with `write` and "
+                           "`read`")
+    return memory
 
 
 def parse_option(pair, text, default):
