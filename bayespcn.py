@@ -75,9 +75,10 @@ Two ways to read
     Only the key is known of x^0. What about the value, in E?
         read=marginal   Only the key counts, so d_0 = |k|. This is the same as averaging over all
                         that the value could be. It is ours, and the default.
-        read=joint      E is minimised over the value, too. This is Yoo & Wood's read. The value is
-                        then equal to its prediction, and its squared error is 0. But each of its
-                        elements still adds log(2 pi v_0), so d_0 = P.
+        read=joint      E is minimised over the value, too, as by Yoo & Wood. The value is then
+                        equal to its prediction, and its squared error is 0. But each of its
+                        elements still adds log(2 pi v_0), so d_0 = P. (In Yoo & Wood's program, the
+                        search moves the value, too. Here, it has its best place at each step.)
     What joint recalls has the right direction, but it is too short: on glyphs, it has 70 % of the
     length. A shorter z makes v_0 smaller. It also makes the error in the key larger, but the key is
     only a tenth of theta, and log(v_0) is added for all elements of theta. (Exercise 18 derives how
@@ -110,8 +111,8 @@ class BayesPCN:
     As in the paper (A.2): 4 layers, GELU, and for reads, 500 steps of Adam with a learning rate of
     0.01. For the rest, the paper takes the defaults that Yoo & Wood describe. We take those of
     their program: a width of 256, and the two sigmas. A write searches as a read does.
-    Not as in the paper: the learning rate falls during a search, a search ends when E hardly
-    changes, and the learning rate of 0.0001 for weights in a write is not needed.
+    A search also ends when E hardly changes, as in their program. Not as in the paper: the
+    learning rate falls during a search, and no learning rate for weights is needed in a write.
 
     seed: for the random numbers of this class. It has nothing to do with the seeds of til.py.
     The attribute trace has E at each step of the last search.
