@@ -68,7 +68,7 @@ QUESTIONS = [
      THIRD, lambda r: til(r) and ":" not in r["memory"]),
     ("How good can a task predictor be? (third edition)",
      "This is the best predictor that we found. On TINet-100S, it finds as many tasks as the paper's, "
-     "and elsewhere, it comes within 1.7 points.",
+     "and elsewhere, it comes within 1.6 points.",
      THIRD, lambda r: mts(r) and options(r) == BEST),
     ("How was this predictor chosen? (third edition)",
      "All of these were tested on held-out training images, and not on test images. (The first table "
