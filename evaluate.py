@@ -59,7 +59,7 @@ def make_memory(text, dim):
                 if option != "dim" and parameter.default is not parameter.empty}
     given = {}
     for pair in filter(None, options.split(",")):
-        option, _, value = pair.partition("=")
+        option, _, value = map(str.strip, pair.partition("="))
         if option not in defaults:
             options = ", ".join(defaults) or "none"
             raise data.Mistake(
