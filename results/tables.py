@@ -34,8 +34,8 @@ def mts(result):
 QUESTIONS = [
     ("What does recall cost?",
      "Look at `D(M)` and `error`. With Hopfield, nothing is lost. BayesPCN with `read=joint`, which "
-     "follows the paper, loses up to 0.4 points (on TinyImageNet no more than the seeds differ) and "
-     "2.25 on glyphs. With our own read, it loses almost nothing.",
+     "minimises the same as Yoo & Wood's read, loses up to 0.4 points (on TinyImageNet no more than "
+     "the seeds differ) and 2.25 on glyphs. With our own read, it loses almost nothing.",
      PRESENT, lambda r: til(r) and not options(r) and "sigma_obs" not in r["memory"]),
     ("Can the task be found?",
      "Look at `Task Acc`. On CIFAR-100 and TinyImageNet, we find the task less often than the paper "
