@@ -479,7 +479,10 @@ def progress(items, label):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """A Mistake ends the program with one line, and so does Ctrl-C. Other errors are tracebacks."""
+    """A Mistake ends the program with one line, and so does Ctrl-C. Other errors are tracebacks.
+
+    In a notebook, it also refuses to begin if a file was edited (see check_code).
+    """
     # What a terminal cannot show, such as the name of a class, becomes a question mark.
     if isinstance(sys.stdout, io.TextIOWrapper):        # and not a notebook's
         sys.stdout.reconfigure(errors="replace")

@@ -61,9 +61,9 @@ def make_memory(text, dim):
     for pair in filter(None, options.split(",")):
         option, _, value = map(str.strip, pair.partition("="))
         if option not in defaults:
-            options = ", ".join(defaults) or "none"
+            known = ", ".join(defaults) or "none"
             raise data.Mistake(
-                f"--memory {text}: {name} has no option {option}. Its options are: {options}")
+                f"--memory {text}: {name} has no option {option}. Its options are: {known}")
         given[option] = parse_option(pair, value, defaults[option])
     # A memory may draw random numbers: always the same.
     torch.manual_seed(0)

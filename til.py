@@ -206,7 +206,7 @@ def experiment(args, seed, train, test):
     """Algorithms 1 and 2, and the controls. The "figures" of its result are a row in the table."""
     start = time.perf_counter()
     tasks = data.split(len(train.classes), args.splits, seed)
-    net, folder = make_network(args, seed)                     # folder: for what is trained
+    net, folder = make_network(args, seed)                      # folder: for what is trained
     memory = evaluate.make_memory(args.memory, len(net.theta))
     learn = make_learn(args, seed, net, folder, tasks)
     keys, modulations = til_training(tasks, train, memory, learn)
