@@ -15,14 +15,14 @@ The idea
 
     A write is given theta, and a read only its key. Both begin with the same search: which numbers
     in the hidden layers x^1, x^2, x^3 explain best what is known?
-        - A write stores theta. No x^1 predicts a new theta yet. The least bad x^1 is one whose
-          prediction is very uncertain, and the search ends at such a one. It becomes the address of
-          theta: the write changes the weights, so that from now on, this x^1 predicts theta, both
-          the key and the value.
+        - A write stores theta. No x^1 predicts a new theta yet: the error of every prediction is
+          about as large as theta itself. Where the memory is sure of its prediction, that makes
+          theta nearly impossible. Where it is in doubt, theta is possible. So the search ends at an
+          x^1 whose prediction is uncertain. This x^1 becomes the address of theta: the write
+          changes the weights, so that from now on, x^1 predicts theta, both the key and the value.
         - A read finds the address again, from the key. A key has thousands of elements, and x^1 has
           only 256, so hardly any other x^1 predicts this key. (Nothing guarantees that a search
-          finds it. In our runs, one of the "Two ways to read", below, found the address, and the
-          other found its direction.) Then the read lets this x^1 predict the value.
+          finds it.) Then the read lets this x^1 predict the value.
 
 What is Bayesian about it
     Each prediction is a linear regression with weights W_l. The memory does not decide what the
@@ -34,9 +34,10 @@ What is Bayesian about it
     z = GELU(x^1), as z R_0. In the direction of a z that was used before, the memory is sure of its
     prediction (its variance v_0, below, is small), so a new theta is very unlikely there. In an
     unused direction, the memory is in doubt, and any theta is possible. So the search for a new
-    theta ends in an unused direction. The update changes the prediction in proportion to the doubt
-    about it, so it changes little in the used directions. Each write uses up about one of the 256
-    directions of z. So about 256 thetas fit. If there are more, the recall of all of them suffers.
+    theta ends in an unused direction. The update changes the predictions most where the memory was
+    in doubt, and hardly where it was sure, which is in the used directions. Each write uses up
+    about one of the 256 directions of z. So about 256 thetas fit. If there are more, the recall of
+    all of them suffers.
 
 The symbols, to look up
     symbol      code            shape       meaning
@@ -79,16 +80,17 @@ Two ways to read
                         equal to its prediction, and its squared error is 0. But each of its
                         elements still adds log(2 pi v_0), so d_0 = P. (In Yoo & Wood's program, the
                         search moves the value, too. Here, it has its best place at each step.)
-    What joint recalls has the right direction, but it is too short: on glyphs, it has 70 % of the
-    length. A shorter z makes v_0 smaller. It also makes the error in the key larger, but the key is
-    only a tenth of theta, and log(v_0) is added for all elements of theta. (Exercise 18 derives how
-    short z becomes.)
+    In our runs, a marginal read finds the address. A joint read finds only its direction: z is too
+    short, and so is what it recalls. (On glyphs, it has 70 % of the length.) For a shorter z makes
+    v_0 smaller. It also makes the error in the key larger, but the key is only a tenth of theta,
+    and log(v_0) is added for all elements of theta. (Exercise 18 derives how short z becomes.)
 
 What is not exact
-    What marginal recalls has 95 % of the length, because a write does not learn all. The search of
-    a write makes v_0 = s2 + z U_0 z^T about as large as the mean square of theta's elements, which
-    is 25 s2 on glyphs. One observation corrects the share z gain = z U_0 z^T / v_0 of the error of
-    its prediction (see `regress`). This is 24/25, or 96 %, which is about what we measured.
+    What marginal recalls has 95 % of the length, because a write does not learn all. It makes the
+    error of its prediction smaller by the part z U_0 z^T / v_0 (see `regress`). How large is this
+    part? E is smallest if v_0 is the mean square of the error, and in a write, the error is about
+    theta itself. On glyphs, the mean square of theta's elements is 25 s2. So v_0 = s2 + z U_0 z^T
+    is about 25 s2, and the part is 24/25, or 96 %, which is about what we measured.
 
     Also, the hidden layers are only one guess. Yoo & Wood can keep many guesses, each with a belief
     of its own. They call such a guess, together with its belief, a particle.
@@ -194,7 +196,7 @@ class BayesPCN:
         `noise`).
         """
         hidden = self.noise(stream, self.layers - 1, self.H).requires_grad_()
-        error_0 = self.squared_error(x0)
+        squared_error_0 = self.squared_error(x0)
         adam = torch.optim.Adam([hidden], self.lr)
         # With a constant learning rate, E would jump around its minimum, and hardly ever settle.
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, self.decay)
@@ -203,7 +205,7 @@ class BayesPCN:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         for step in range(self.steps):
-            E = self.energy(hidden, error_0, d_0)
+            E = self.energy(hidden, squared_error_0, d_0)
             self.trace.append(E.item())
             if step > 0 and abs(self.trace[-1] - self.trace[-2]) < 1e-3:
                 break
@@ -218,11 +220,11 @@ class BayesPCN:
         """The factor of the learning rate: 1 for 30 % of the steps, then a straight line to 0."""
         return min(1, (1 - step / self.steps) / 0.7)
 
-    def energy(self, hidden, error_0, d_0):
+    def energy(self, hidden, squared_error_0, d_0):
         """E for the hidden layers x^1, x^2, x^3 (3, H). The sum begins at the top layer.
 
-        error_0(z) is |x^0 - z R_0|^2 over what is known of x^0. d_0 says how many elements of x^0
-        count.
+        squared_error_0(z) is |x^0 - z R_0|^2 over what is known of x^0. d_0 says how many elements
+        of x^0 count.
         """
         x = [None, *hidden]                                         # so x[l] is x^l
         top = self.layers - 1
@@ -232,7 +234,7 @@ class BayesPCN:
             z = gelu(x[l + 1])
             v = self.s2 + z @ self.U[l] @ z
             if l == 0:
-                E = E + minus_log_normal(error_0(z), v, d_0)
+                E = E + minus_log_normal(squared_error_0(z), v, d_0)
             else:
                 error = (x[l] - z @ self.R[l]).square().sum()
                 E = E + minus_log_normal(error, v, self.H)

@@ -7,12 +7,14 @@ that you can try everything without a download. `folder` reads pictures of your 
     tasks = split(100, 20, seed=0)                      # 20 lists of 5 class numbers
     images, labels = task(train, tasks[0])              # D_t, the images of the first task
 
-For an exercise, you need only `Images` and the part `tasks`. What is between them reads and draws
-the data sets. From `files` on, the program reads and writes files, and talks to the terminal.
+At first, you need only `Images`, `Mistake` and the part `tasks`. What is between them reads and
+draws the data sets. From `files` on, the program reads and writes files, and talks to the terminal.
+(They are here because nearly all other files import this one.)
 """
 import argparse
 import ast
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -95,6 +97,7 @@ def decode_tinyimagenet(root, n_train=500, n_val=50):
     english = dict(line.split("\t") for line in words)
     parts = list_tinyimagenet(root, wnids)
     for name, n in (("train", n_train), ("val", n_val)):
+        # Each class should be found n times.
         found = [wnid for path, wnid in parts[name] if path.exists()]
         if sorted(found) != sorted(n * wnids):
             raise Mistake(f"{root / name} should hold {n} images of each of {len(wnids)} classes, "
@@ -360,8 +363,8 @@ def save(path, content):
     # First beside `path`, then renamed: so nobody ever finds half a file. Another command may write
     # the same file, so the number of the process is in the name.
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
-    make_folder(path.parent)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".json":
             scratch.write_text(json.dumps(content))
         else:
@@ -372,14 +375,6 @@ def save(path, content):
             scratch.unlink()
         raise Mistake(f"cannot write {path}: {error}. Is there space left, and may you write "
                       "there?") from error
-
-
-def make_folder(path):
-    """Makes a folder, and those above it, if they are not there."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Mistake(f"cannot make the folder {path}: {error}") from error
 
 
 def read(path):
@@ -409,33 +404,9 @@ def digest(*parts):
     return sha.hexdigest()[:8]
 
 
-DIGESTS = {}                                # {name of a file: hash of the code that runs}
-
-
+@functools.cache                            # remembered, in case you edit the file during the run
 def digest_of_code(name):
-    """A short hash of the code of a file beside this one, without comments and docstrings.
-
-    It is computed once, and remembered. So what counts is the code that runs, and not what you edit
-    during the run.
-    """
-    if name not in DIGESTS:
-        DIGESTS[name] = read_digest_of_code(name)
-    return DIGESTS[name]
-
-
-def check_code():
-    """Raises Mistake if a file was edited, but Python still has it as it was before.
-
-    This happens in notebooks: %run imports a file only once.
-    """
-    for name, digest in DIGESTS.items():
-        if read_digest_of_code(name) != digest:
-            raise Mistake(f"Python still has {name} as it was before you changed it: restart the "
-                          "kernel, and use !python in place of %run")
-
-
-def read_digest_of_code(name):
-    """The same as digest_of_code, but not remembered."""
+    """A short hash of the code of a file beside this one, without comments and docstrings."""
     tree = ast.parse(Path(__file__).with_name(name).read_bytes())
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
@@ -479,18 +450,17 @@ def progress(items, label):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """A Mistake ends the program with one line, and so does Ctrl-C. Other errors are tracebacks.
+    """Ends the program with one line after a Mistake, a file that cannot be opened, or Ctrl-C.
 
-    In a notebook, it also refuses to begin if a file was edited (see check_code).
+    All other errors are tracebacks.
     """
     # What a terminal cannot show, such as the name of a class, becomes a question mark.
     if isinstance(sys.stdout, io.TextIOWrapper):        # and not a notebook's
         sys.stdout.reconfigure(errors="replace")
     try:
-        check_code()
         yield
-    except Mistake as mistake:
-        print("error:", " ".join(str(mistake).split()), file=sys.stderr)
+    except (Mistake, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped. Modulations that were trained to the end are kept: til.py and mts.py go on "

@@ -24,7 +24,7 @@ import data
 import lora
 import vit
 
-CODE = data.digest_of_code("evaluate.py")       # now: what counts is the code that runs
+data.digest_of_code("evaluate.py")              # remembered for save_result in til.py
 
 
 # ---- metrics -----------------------------------------------------------------------------------
@@ -78,12 +78,11 @@ def find_memory(name):
     Upper and lower case do not matter in the class's name, and underscores do not, either.
     """
     files = [path.stem for path in Path(__file__).parent.glob("*.py")]
-    if name not in files or not name.isidentifier():
+    if name not in files:
         raise data.Mistake(f"there is no memory {name}: expected the name of a file beside til.py, "
-                           "without .py, and in letters, digits and underscores")
+                           "without .py")
     module = importlib.import_module(name)
-    # It is remembered. So save_result knows the code that ran, even if you edit it meanwhile.
-    data.digest_of_code(f"{name}.py")
+    data.digest_of_code(f"{name}.py")           # remembered for save_result in til.py
     classes = {word.replace("_", "").lower(): thing for word, thing in vars(module).items()
                if isinstance(thing, type)}
     memory = classes.get(name.replace("_", "").lower())
@@ -108,11 +107,11 @@ def parse_option(pair, text, default):
 
 def check_theta(theta, P):
     """Raises Mistake if what a memory's read has returned is not a vector of P finite numbers."""
-    shape = tuple(theta.shape) if torch.is_tensor(theta) else "of no tensor"
-    if shape != (P,) or not theta.isfinite().all():
+    shape = getattr(theta, "shape", None)
+    if not torch.is_tensor(theta) or shape != (P,) or not theta.isfinite().all():
         raise data.Mistake(
-            f"theta should be {P} finite numbers, but it is {str(theta)[:80]}, of the shape "
-            f"{shape}. A memory's read should return the key, and then the value")
+            f"theta should be a tensor of {P} finite numbers, but it is {str(theta)[:80]}, and its "
+            f"shape is {shape}. A memory's read should return the key, and then the value")
 
 
 # ---- the control `linear`: what is possible without a modulation? ------------------------------
@@ -249,15 +248,14 @@ def seeds_of(runs):
 
 
 def clash(a, b):
-    """True if two results should not be compared.
+    """True if two results should not be compared, although the names of their rows do not say so.
 
-    They have used different versions of a file, or other images or weights, although their options
-    do not say so. Or else they have the same name, but another digest.
+    Between them, a file of the program was changed, or the images, or the weights of the ViT. Or
+    else both rows have the same name, but another digest.
     """
-    hashes_a = a["code"] | a.get("content", {})
+    hashes_a = a["code"] | a.get("content", {})     # results of the third edition have no content
     hashes_b = b["code"] | b.get("content", {})
-    shared = hashes_a.keys() & hashes_b.keys()      # none, if one is of a very old version
-    if not shared or any(hashes_a[name] != hashes_b[name] for name in shared):
+    if any(hashes_a[name] != hashes_b[name] for name in hashes_a.keys() & hashes_b.keys()):
         return True
     return a["row"] == b["row"] and a["digest"] != b["digest"]
 
@@ -333,22 +331,19 @@ def bench_memory(name, T, P):
     pairs = [lora.split_key(theta) for theta in thetas]
     start = time.perf_counter()
     for key, value in data.progress(pairs, "writing"):
-        memory.write(key.clone(), value)
+        memory.write(key, value)
     written = time.perf_counter()
     recalled = []
     for key, _ in data.progress(pairs, "reading"):
-        theta_hat = memory.read(key.clone())
+        theta_hat = memory.read(key)
         check_theta(theta_hat, P)
-        recalled.append(theta_hat.clone())
+        recalled.append(theta_hat.clone())      # a memory may use one tensor for all its answers
     read = time.perf_counter()
-    nbytes = getattr(memory, "nbytes", None)
-    if not isinstance(nbytes, (int, float)):
-        raise data.Mistake(f"{name} should have a property `nbytes`, its size: see README.md")
     return {
         "memory": name, "T": T,
         "write_ms": 1000 * (written - start) / T,
         "read_ms": 1000 * (read - written) / T,
-        "MB": nbytes / 1e6,
+        "MB": memory.nbytes / 1e6,
         "error": statistics.fmean(map(recall_error, recalled, thetas))}
 
 

@@ -33,7 +33,7 @@ class Hopfield:
     def attention(self, key):
         """softmax(beta K^T k): how much a read takes of each stored value. (T,), float64."""
         K = torch.stack(self.keys).T                                # (|k|, T)
-        # float64, because a large beta would make the rounding errors of K^T k large, too.
+        # beta multiplies the rounding errors of K^T k, too. So these products are in float64.
         return torch.softmax(self.beta * (K.T.double() @ key.double()), dim=0)
 
     def read(self, key):

@@ -92,7 +92,8 @@ def flips_and_crops(n, generator):
     """
     area = 0.35 + 0.65 * torch.rand(n, 1, generator=generator)
     side = area.sqrt()
-    # The image spans [-1, 1]. The square lies inside if its centre is at most 1 - side away from 0.
+    # The image spans [-1, 1], so it is 2 wide, and the square is 2 side wide. It reaches `side` to
+    # each side of its centre, and lies inside if the centre is at most 1 - side away from 0.
     centre = (1 - side) * (2 * torch.rand(n, 2, generator=generator) - 1)
     crop = torch.cat([side, centre], dim=1)                     # (n, 3), see ViT.prepare
     return {"crop": crop} | til.flips(n, generator)
@@ -100,8 +101,9 @@ def flips_and_crops(n, generator):
 
 def make_learn_predictor(args, seed, net, path):
     """Makes the function `learn_predictor` of Algorithm 3: (train, tasks) -> Modulation."""
-    recipe = til.Recipe(epochs=10, batch_size=128, lr=LR, augment=flips_and_crops,
-                        label_smoothing=args.label_smoothing)   # the epochs: paper, A.2
+    recipe = til.Recipe(epochs=10,              # paper, A.2
+                        batch_size=128, lr=LR, augment=flips_and_crops,
+                        label_smoothing=args.label_smoothing)
     if args.dataset == "glyphs":                # ours: there are only 2,200 images
         recipe = recipe._replace(epochs=5, batch_size=16)
     if path.exists():
@@ -155,7 +157,7 @@ def experiment(args, seed, train, test):
         "wrong": classify_each(net, heads, images, t_hat, wrong),
         "none": classify_each(net, heads, images, t_hat, none)}
     figures, per_task = score(logits, t_hat, task_ids, labels)
-    variant = path.stem.removeprefix("predictor")               # -tasks-.. or -classes-..
+    variant = path.stem.removeprefix("predictor")       # -tasks-HASH or -classes-HASH
     return til.save_result("mts", args, seed, folder, start, figures, per_task, variant)
 
 

@@ -11,14 +11,11 @@ Read this file from top to bottom: the two algorithms, how a modulation is train
 row in the table. From the heading `files` on, you can skip it at first. (A run begins in `main`, at
 the very end. It calls `experiment` for each seed.)
 
-What is trained is kept in a folder of runs/. With another memory, nothing is trained again. If you
-start a stopped command once more, it goes on after the last task that was finished.
+What is trained is kept in a folder of runs/. It is not trained again, also not with another memory.
+If you start a stopped command once more, it goes on after the last task that was finished.
+README.md says which changes of yours begin a new folder.
 
-The name of the folder stands for the options of the training, the images, the weights of the ViT,
-and the code of vit.py, lora.py, data.py and this file, without comments. If you change any of
-these, even if it is only the evaluation in this file, everything is trained anew in another folder.
-(If you change mts.py, only the task predictor is trained anew.) Other files do not count: if the
-training uses a new file of yours, remove the folder whenever you change your file.
+A data.Mistake is a mistake of the user. The program ends with it, in one line.
 """
 import math
 import os
@@ -65,7 +62,7 @@ def til_training(tasks, train, memory, learn):
         modulation = learn(t, images, labels)                   # 5, 6
         key, value = lora.split_key(modulation.theta)           # 7: k_t (A.1 writes v_t for it)
         keys.append(key)                                        # 8
-        memory.write(key.clone(), value)                        # 9; a memory may change its copy
+        memory.write(key, value)                                # 9
         modulations.append(modulation)
     return keys, modulations                                    # 11
 
@@ -75,7 +72,7 @@ def til_inference(net, head, images, key, memory):
 
     As the task is known, so are its key and its head.
     """
-    theta_hat = memory.read(key.clone())                        # 3
+    theta_hat = memory.read(key)                                # 3
     return classify(net, head, images, theta_hat)               # 5
 
 
@@ -112,7 +109,8 @@ def fit(net, head, images, labels, recipe, generator):
     Returns the accuracy on these images during the last epoch, in percent.
     """
     device = net.theta.device
-    images, labels = images.to(device), labels.to(device)           # as uint8, all images fit
+    # All images at once: as uint8, they need little of a GPU's memory.
+    images, labels = images.to(device), labels.to(device)
     n = len(labels)
     trained = [net.theta, *head.parameters()]
     optimizer = torch.optim.AdamW(trained, recipe.lr[0], weight_decay=WEIGHT_DECAY, fused=True)
@@ -121,7 +119,7 @@ def fit(net, head, images, labels, recipe, generator):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=recipe.lr[1])
     for epoch in range(recipe.epochs):
         order = torch.randperm(n, generator=generator).to(device)
-        # How the images are changed in this epoch. Row i is for image order[i].
+        # How all images are changed in this epoch. Row i is for image order[i].
         changes = recipe.augment(n, generator)
         changes = {name: rows.to(device) for name, rows in changes.items()}
         hits = 0
@@ -129,8 +127,8 @@ def fit(net, head, images, labels, recipe, generator):
         for start in data.progress(range(0, n, recipe.batch_size), caption):
             batch = slice(start, start + recipe.batch_size)
             y = labels[order[batch]]                                # (B,)
-            change = {name: rows[batch] for name, rows in changes.items()}
-            x = net.prepare(images[order[batch]], **change)         # (B, 3, s, s)
+            changes_of_batch = {name: rows[batch] for name, rows in changes.items()}
+            x = net.prepare(images[order[batch]], **changes_of_batch)       # (B, 3, s, s)
             tokens = net.graphed(x) if x.is_cuda else net(x)        # (B, d); graphed is faster
             logits = head(tokens.float())                           # (B, outputs)
             loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
@@ -164,7 +162,8 @@ def find_or_train(path, net, images, labels, n_outputs, recipe, generator):
     accuracy = fit(net, head, images, labels, recipe, generator)    # line 6
     theta = net.theta.detach().cpu().clone()
     if not theta.isfinite().all():
-        raise data.Mistake(f"{path.stem}: the training diverged. Is the file of weights damaged?")
+        raise data.Mistake(f"{path.stem}: the training diverged. Was the learning rate changed, or "
+                           "is the file of weights damaged?")
     data.save(path, {"theta": theta, "head": head.state_dict()})
     speed = recipe.epochs * len(labels) / (time.perf_counter() - start)
     print(f"{path.stem}: training accuracy {accuracy:.2f} %, {speed:,.0f} images/s", flush=True)
@@ -193,12 +192,17 @@ def make_learn(args, seed, net, folder, tasks):
         modulation = find_or_train(
             paths[t], net, images, labels, len(tasks[t]), recipe, generator)
         if len(missing) > 1 and t == missing[0]:
-            minutes = (len(missing) - 1) * (time.perf_counter() - start) / 60
-            print(f"the other tasks will take about {minutes:.1f} minutes", flush=True)
-            if minutes > 30:
-                print("a GPU is much faster, and so is a smaller --image-size (see README.md)")
+            print_time_left(len(missing) - 1, time.perf_counter() - start)
         return modulation
     return learn
+
+
+def print_time_left(n_tasks, seconds):
+    """Says how long n_tasks will take, if each of them takes this many seconds."""
+    minutes = n_tasks * seconds / 60
+    print(f"the other tasks will take about {minutes:.1f} minutes", flush=True)
+    if minutes > 30:
+        print("a GPU is much faster, and so is a smaller --image-size (see README.md)", flush=True)
 
 
 # ---- the experiment ----------------------------------------------------------------------------
@@ -232,8 +236,8 @@ def experiment(args, seed, train, test):
             "none": classify(net, head, images, none)}
         for way, z in logits.items():
             per_task.setdefault(way, []).append(evaluate.percent(z.argmax(1) == labels))
-    # Recalled once more, to compare the thetas themselves.
-    errors = [evaluate.recall_error(memory.read(key.clone()), theta)
+    # Algorithm 2 returns only logits. So theta is recalled once more, to be compared itself.
+    errors = [evaluate.recall_error(memory.read(key), theta)
               for key, theta in data.progress(list(zip(keys, thetas)), "recalling theta")]
 
     faa = {way: evaluate.faa(accuracies) for way, accuracies in per_task.items()}
@@ -247,15 +251,9 @@ def experiment(args, seed, train, test):
 def make_network(args, seed):
     """The network that all tasks share, and the folder for what is trained with it."""
     backbone = vit.load(args.backbone, args.weights, args.image_size)
-    # NOT_FOR_THETA and CODE are explained under `files`, below.
-    options = {name: value for name, value in vars(args).items() if name not in NOT_FOR_THETA}
-    args.content[f"{args.backbone}, {args.image_size} pixels"] = data.digest(*backbone.parameters())
-    digest = data.digest(options, CODE, args.content)
-    run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
-    folder = args.out / run
-    data.make_folder(folder)                    # now, to know before the training that it works
-    # On a GPU, W is bfloat16 (see set_up_torch). That is too coarse for AdamW's small steps, so
-    # theta and the heads, which are made later, are float32.
+    folder = folder_of_run(args, seed, backbone)                # see `files`, below
+    # W is never trained, so bfloat16 is precise enough for it. (See set_up_torch: on a CPU, it is
+    # float32.) Theta and the heads are made later, and stay float32: AdamW's steps are small.
     for weight in backbone.parameters():
         weight.data = weight.data.to(getattr(torch, args.dtype))
     net = lora.ModulatedViT(backbone.to(args.device), args.rank, args.alpha)
@@ -277,19 +275,30 @@ def print_classes(logits, names):
 
 
 # ---- files -------------------------------------------------------------------------------------
+# The code that trains theta_1 .. theta_T.
 CODE = {name: data.digest_of_code(name) for name in ("vit.py", "lora.py", "data.py", "til.py")}
-# Every option is in the digest, also one that you add, but for these. Most of them do not change
-# theta_1 .. theta_T. The others are accounted for elsewhere:
-#   seeds               the seed is in the name of the folder
-#   weights, data_dir   what is in these files is in the digest
-#   row                 is made from the other options (see `parse`)
-#   content             is counted by itself (see make_network)
-NOT_FOR_THETA = {"memory", "predictor", "label_smoothing", "seeds", "weights", "data_dir", "out",
-                 "predict", "task", "row", "content"}
-# These options are not added to the name of a row: they are elsewhere in the table, or do not
-# matter for it. (The memory is the first word of the name.)
-NOT_IN_ROW = {"dataset", "splits", "memory", "seeds", "weights", "data_dir", "out", "device",
-              "predict", "task"}
+# These options say where files are, which seeds to run, or which picture to classify.
+WHERE_AND_WHICH = {"weights", "data_dir", "out", "seeds", "predict", "task"}
+# These do not change theta_1 .. theta_T. (`row` is not an option: see `parse`.)
+NOT_FOR_THETA = WHERE_AND_WHICH | {"memory", "predictor", "label_smoothing", "row"}
+# These are not added to the name of a row: they are elsewhere in the table. (The memory is the
+# first word of the name.)
+NOT_IN_ROW = WHERE_AND_WHICH | {"memory", "dataset", "splits", "device"}
+
+
+def folder_of_run(args, seed, backbone):
+    """The folder for what is trained. Its name ends with a hash of what the training depends on.
+
+    This is: the options (also those that you add), the code, the images, and W. (W is hashed in
+    float32, before it becomes bfloat16.)
+    """
+    args.content[f"{args.backbone}, {args.image_size} pixels"] = data.digest(*backbone.parameters())
+    options = {name: value for name, value in vars(args).items() if name not in NOT_FOR_THETA}
+    digest = data.digest(options, CODE)
+    run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
+    folder = args.out / run
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def save_result(setting, args, seed, folder, start, figures, per_task, variant=""):
@@ -303,10 +312,8 @@ def save_result(setting, args, seed, folder, start, figures, per_task, variant="
     device = f"CPU, {torch.get_num_threads()} threads"
     if args.device == "cuda":
         device = torch.cuda.get_device_name()
-    _, digest = folder.name.rsplit("-", 1)
-    # The options, with `row`, the name of the row in the tables.
-    options = {name: value for name, value in vars(args).items()
-               if name not in ("seeds", "weights", "data_dir", "out", "predict", "task")}
+    _, digest = folder.name.rsplit("-", 1)      # the hash at its end
+    options = {name: value for name, value in vars(args).items() if name not in WHERE_AND_WHICH}
     result = options | {
         "setting": setting, "seed": seed, "device": device, "torch": torch.__version__,
         "seconds": time.perf_counter() - start,
@@ -352,15 +359,16 @@ def make_parser(description):
 
 def parse(parser):
     """The options of the command line. Raises Mistake if they contradict each other."""
-    # Some defaults depend on other options. So we parse, set these defaults, and parse again.
+    # Some defaults depend on other options. So we parse, set these defaults, and parse again. (The
+    # parser must know them, because name_of_row asks which options are not the default.)
     args = parser.parse_args()
     glyphs = args.dataset == "glyphs"
-    backbone = args.backbone or ("vit_micro" if glyphs else "vit_ti_16")
+    default = "vit_micro" if glyphs else "vit_ti_16"
+    backbone = args.backbone or default
     size = vit.CONFIGS[backbone].image_size
     if glyphs and backbone == "vit_micro":
         size = 32                               # in place of 64: it is enough, and quicker
-    parser.set_defaults(backbone="vit_micro" if glyphs else "vit_ti_16", image_size=size,
-                        batch_size=6 if glyphs else 64)
+    parser.set_defaults(backbone=default, image_size=size, batch_size=6 if glyphs else 64)
     args = parser.parse_args()
     if len({*args.seeds}) < len(args.seeds):
         raise data.Mistake("--seeds: one of them is given twice")
@@ -408,7 +416,8 @@ def set_up_torch(args):
 def load_images(args):
     """(train, test), as the options say."""
     train, test = data.load(args.dataset, args.data_dir)
-    # Hashes of the images, and later of W (see make_network). By these, tables tell rows apart.
+    # args.content has hashes: here of the images, and later of W (see folder_of_run). They are part
+    # of each result, so that a table does not average over other images or other weights.
     args.content = {"images": data.digest(train.images, train.labels, test.images, test.labels)}
     if args.validate:
         train, test = data.hold_out(train)

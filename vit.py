@@ -33,6 +33,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
 
+    # The last block is only asked for n = 1 token, the class token. The others compute all.
     def forward(self, x, n=None):           # (B, N, d) -> (B, n, d), the first n tokens; None: all
         h = self.heads
         q = self.query(x[:, :n]).unflatten(2, (h, -1)).transpose(1, 2)      # (B, h, n, d / h)
@@ -227,9 +228,8 @@ def read_weights(path):
         return {name: weight.float() for name, weight in state.items()}
     except Exception as error:              # of many kinds: it depends on what the file is
         raise Mistake(f"{path} holds no weights, or is damaged ({error}): expected a dictionary of "
-                      "tensors, or one under the name model, state_dict or model_state_dict, "
-                      "written by torch.save, such as pytorch_model.bin (and not .safetensors). "
-                      "If it is a download that was cut short, remove it") from error
+                      "tensors, written by torch.save (and not .safetensors). If it is a download "
+                      "that was cut short, remove it") from error
 
 
 # Names in published files, and ours, in the order in which they are replaced. timm and DINOv2 name
