@@ -43,7 +43,11 @@ class Mistake(Exception):
 
 def load(name, data_dir):
     """The two parts (train, test) of the data set `name`. Raises Mistake if it cannot be loaded."""
-    return LOADERS[name](Path(data_dir))
+    train, test = LOADERS[name](Path(data_dir))
+    for part in (train, test):
+        if part.images.dtype != torch.uint8:
+            raise Mistake(f"{name}: images should be uint8, with values from 0 to 255")
+    return train, test
 
 
 # ---- the paper's data sets ---------------------------------------------------------------------

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import json
 import random
+import re
 import statistics
 import time
 from pathlib import Path
@@ -180,11 +181,20 @@ LEGEND = {
     "none": "control: no modulation, with the head of the task. In MTS, controls get the predicted "
             "task, and count like local",
 }
+ABOUT_HASHES = (
+    "a row with such a hash was made with other code, images or weights than another row of its "
+    "table. So do not compare them. The first half of the hash stands for the training, and the "
+    "second for the code of the memory and of the evaluation. If you run a row again with your "
+    "present code, it gets the hash of this code.")
 
 
 def tables(results):
     """Markdown: a table for each experiment, and a legend."""
-    return f"{tables_only(results)}\n\n{legend(results)}"
+    text = tables_only(results)
+    mark = re.search(r"\(\w+-\w+\)(?=`)", text)           # the first hash in the name of a row
+    if mark:
+        text += f"\n\n{mark.group()}: {ABOUT_HASHES}"
+    return f"{text}\n\n{legend(results)}"
 
 
 def tables_only(results):
@@ -310,8 +320,8 @@ def bench(args):
     if args.out.suffix != ".json":
         raise data.Mistake(f"--out {args.out} should end in .json")
     torch.set_num_threads(1)                # times of different computers compare better
-    for name in args.memory:                # a first try, to know now if one of them does not work
-        bench_memory(name, 2, args.dim)
+    for name in args.memory:                # to know now if one of them does not exist
+        make_memory(name, args.dim)
     rows = []
     for name in args.memory:
         for T in args.tasks:

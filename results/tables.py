@@ -55,7 +55,9 @@ QUESTIONS = [
     ("What do smaller images cost?",
      "The smaller the image, the less the frozen ViT alone can do (`linear`), and the more the "
      "modulations help. (Seed 0.)",
-     ["image-sizes.json"], lambda r: True),
+     PRESENT + ("image-sizes.json",), lambda r: til(r) and r["seed"] == 0
+     and r["row"] in ("hopfield", *(f"hopfield --image-size {n}" for n in (64, 96, 128)))
+     and (r["dataset"], r["splits"]) == ("cifar100", 20)),
     ("What about another ViT, and images of 112 pixels?",
      "With this ViT-S/14, a head loses 18 to 35 points without its modulation (`none`, `wrong`). "
      "BayesPCN with `read=joint` loses 3.4 to 4.6 points, more than with the ViT-Ti/16. New heads "
