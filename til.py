@@ -277,12 +277,12 @@ def print_classes(logits, names):
 # ---- files -------------------------------------------------------------------------------------
 # The code that trains theta_1 .. theta_T.
 CODE = {name: data.digest_of_code(name) for name in ("vit.py", "lora.py", "data.py", "til.py")}
-# These options say where files are, which seeds to run, or which picture to classify.
+# These options say where files are, which seeds to run, and which picture to classify.
 WHERE_AND_WHICH = {"weights", "data_dir", "out", "seeds", "predict", "task"}
 # These do not change theta_1 .. theta_T. (`row` is not an option: see `parse`.)
 NOT_FOR_THETA = WHERE_AND_WHICH | {"memory", "predictor", "label_smoothing", "row"}
-# These are not added to the name of a row: they are elsewhere in the table. (The memory is the
-# first word of the name.)
+# These are not added to the name of a row: the memory is its first word, the data set and the
+# splits stand above the table, and the device matters little.
 NOT_IN_ROW = WHERE_AND_WHICH | {"memory", "dataset", "splits", "device"}
 
 
