@@ -462,6 +462,6 @@ def one_line_errors():
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped. Modulations that were trained to the end are kept: til.py and mts.py go on "
-              "after them", file=sys.stderr)
+        print("stopped. What is finished is kept, and til.py and mts.py go on after it",
+              file=sys.stderr)
         sys.exit(130)

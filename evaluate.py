@@ -183,9 +183,9 @@ LEGEND = {
 }
 ABOUT_HASHES = (
     "a row with such a hash was made with other code, images or weights than another row of its "
-    "table. So do not compare them. The first half of the hash stands for the training, and the "
-    "second for the code of the memory and of the evaluation. If you run a row again with your "
-    "present code, it gets the hash of this code.")
+    "table, or on another kind of device (CPU or GPU). So do not compare them. The first half of "
+    "the hash stands for the training, and the second for the code of the memory and of the "
+    "evaluation. If you run a row again with your present code, it gets the hash of this code.")
 
 
 def tables(results):
@@ -329,7 +329,7 @@ def bench(args):
             rows.append(row)
             print("{memory:20} T {T:3}  write {write_ms:6.1f} ms  read {read_ms:6.1f} ms  "
                   "{MB:6.1f} MB  error {error:.4f}".format(**row), flush=True)
-    data.save(args.out, {"dim": args.dim, "rows": rows})
+            data.save(args.out, {"dim": args.dim, "rows": rows})
     print(f"wrote {args.out}")
 
 
