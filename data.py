@@ -370,8 +370,7 @@ def save(path, content):
             torch.save(content, scratch)
         scratch.replace(path)
     except (OSError, RuntimeError) as error:            # RuntimeError: torch.save, on a full disk
-        with contextlib.suppress(OSError):
-            scratch.unlink()
+        scratch.unlink(missing_ok=True)
         raise Mistake(f"cannot write {path}: {error}. Is there space left, and may you write "
                       "there?") from error
 

@@ -10,8 +10,6 @@ import ast
 import importlib
 import inspect
 import json
-import random
-import re
 import statistics
 import time
 from pathlib import Path
@@ -69,7 +67,6 @@ def make_memory(text, dim):
     # A memory may draw random numbers: always the same.
     torch.manual_seed(0)
     np.random.seed(0)
-    random.seed(0)
     return memory(dim=dim, **given)
 
 
@@ -182,18 +179,16 @@ LEGEND = {
             "task, and count like local",
 }
 ABOUT_HASHES = (
-    "a row with such a hash was made with other code, images or weights than another row of its "
-    "table, or on another kind of device (CPU or GPU). So do not compare them. The first half of "
-    "the hash stands for the training, and the second for the code of the memory and of the "
-    "evaluation. If you run a row again with your present code, it gets the hash of this code.")
+    "A row with a hash in parentheses was made with other code, images or weights than another row "
+    "of its table, or on another kind of device. So do not compare them. The first half of the hash "
+    "stands for the training, and the second for the code of the memory and of the evaluation.")
 
 
 def tables(results):
     """Markdown: a table for each experiment, and a legend."""
     text = tables_only(results)
-    mark = re.search(r"\(\w+-\w+\)(?=`)", text)           # the first hash in the name of a row
-    if mark:
-        text += f"\n\n{mark.group()}: {ABOUT_HASHES}"
+    if any(result["digest"] in text for result in results):
+        text = f"{text}\n\n{ABOUT_HASHES}"
     return f"{text}\n\n{legend(results)}"
 
 
@@ -317,11 +312,8 @@ def results_in(file):
 # ---- a benchmark of the memories, on random numbers --------------------------------------------
 def bench(args):
     """Prints the time, the size and the recall error of memories, and writes them to --out."""
-    if args.out.suffix != ".json":
-        raise data.Mistake(f"--out {args.out} should end in .json")
+    out = args.out.with_suffix(".json")
     torch.set_num_threads(1)                # times of different computers compare better
-    for name in args.memory:                # to know now if one of them does not exist
-        make_memory(name, args.dim)
     rows = []
     for name in args.memory:
         for T in args.tasks:
@@ -329,8 +321,8 @@ def bench(args):
             rows.append(row)
             print("{memory:20} T {T:3}  write {write_ms:6.1f} ms  read {read_ms:6.1f} ms  "
                   "{MB:6.1f} MB  error {error:.4f}".format(**row), flush=True)
-            data.save(args.out, {"dim": args.dim, "rows": rows})
-    print(f"wrote {args.out}")
+            data.save(out, {"dim": args.dim, "rows": rows})
+    print(f"wrote {out}")
 
 
 def bench_memory(name, T, P):
