@@ -15,11 +15,12 @@ The idea
 
     A write is given theta, and a read only its key. Both begin with the same search: which numbers
     in the hidden layers x^1, x^2, x^3 explain best what is known?
-        - A write stores theta. No x^1 predicts a new theta yet: the error of every prediction is
-          about as large as theta itself. Where the memory is sure of its prediction, that makes
-          theta nearly impossible. Where it is in doubt, theta is possible. So the search ends at an
-          x^1 whose prediction is uncertain. This x^1 becomes the address of theta: the write
-          changes the weights, so that from now on, x^1 predicts theta, both the key and the value.
+        - A write stores theta. No x^1 predicts a new theta yet: every prediction is wrong by about
+          theta itself. But each prediction comes with a variance, which says how unsure the memory
+          is at this x^1. If the variance is small, so large an error is nearly impossible. If it is
+          large, the error is no surprise. So the search ends at an x^1 where the memory is unsure.
+          This x^1 becomes the address of theta: the write changes the weights, so that from now on,
+          x^1 predicts theta, both the key and the value.
         - A read finds the address again, from the key. A key has thousands of elements, and x^1 has
           only 256, so hardly any other x^1 predicts this key. (Nothing guarantees that a search
           finds it.) Then the read lets this x^1 predict the value.
@@ -81,21 +82,24 @@ Two ways to read
                         elements still adds log(2 pi v_0), so d_0 = P. (In Yoo & Wood's program, the
                         search moves the value, too. Here, it has its best place at each step.)
     In our runs, a marginal read finds the address. A joint read finds only its direction: z is too
-    short, and so is what it recalls. (On glyphs, it has 70 % of the length.) For a shorter z makes
-    v_0 smaller. It also makes the error in the key larger, but the key is only a tenth of theta,
-    and log(v_0) is added for all elements of theta. (Exercise 18 derives how short z becomes.)
+    short, and so is what it recalls. (On glyphs, it has 70 % of the length of theta.) Why? A
+    shorter z makes v_0 smaller, and so d_0 log(2 pi v_0) falls. A shorter z also makes the error in
+    the key larger. But log(v_0) counts for all elements of theta, and the error only for those of
+    the key, a tenth of them. (Exercise 18 derives how short z becomes.)
 
 What is not exact
-    What marginal recalls has 95 % of the length, because a write does not learn all. It makes the
-    error of its prediction smaller by the part z U_0 z^T / v_0 (see `regress`). How large is this
-    part? E is smallest if v_0 is the mean square of the error, and in a write, the error is about
-    theta itself. On glyphs, the mean square of theta's elements is 25 s2. So v_0 = s2 + z U_0 z^T
-    is about 25 s2, and the part is 24/25, or 96 %, which is about what we measured.
+    What marginal recalls has 95 % of the length of theta, because a write corrects only a share of
+    the error. The share is z U_0 z^T / v_0, with the U_0 from before the write (see `regress`). How
+    large is it? The search of a write minimises |error|^2 / v_0 + P log(v_0), and this is smallest
+    if v_0 is the mean square of the error, |error|^2 / P. The error is about theta itself. On
+    glyphs, the mean square of its elements is 25 s2. So v_0 = s2 + z U_0 z^T is about 25 s2, and
+    the share is 24/25, or 96 %, which is about what we measured.
 
     Also, the hidden layers are only one guess. Yoo & Wood can keep many guesses, each with a belief
     of its own. They call such a guess, together with its belief, a particle.
 
-    The upper layers hardly matter here. The search of a write leaves x^2 and x^3 near 0, so W_1 and
+What hardly matters
+    The upper layers. The search of a write leaves x^2 and x^3 near 0, so W_1 and
     W_2 learn almost nothing, and with layers=2, recall is equally good. We have four layers because
     the paper has.
 """
@@ -113,8 +117,9 @@ class BayesPCN:
     As in the paper (A.2): 4 layers, GELU, and for reads, 500 steps of Adam with a learning rate of
     0.01. For the rest, the paper takes the defaults that Yoo & Wood describe. We take those of
     their program: a width of 256, and the two sigmas. A write searches as a read does.
-    A search also ends when E hardly changes, as in their program. Not as in the paper: the
-    learning rate falls during a search, and no learning rate for weights is needed in a write.
+    A search has at most `steps` steps, and ends earlier when E hardly changes, as in their program.
+    Two things differ from the paper: the learning rate falls during a search, and a write needs no
+    learning rate for weights, because it updates them in closed form.
 
     seed: for the random numbers of this class. It has nothing to do with the seeds of til.py.
     The attribute trace has E at each step of the last search.
@@ -149,7 +154,8 @@ class BayesPCN:
     def write(self, key, value):
         """Stores theta = key (+) value."""
         theta = torch.cat([key, value]).double()                    # (P,)
-        # Each write begins at random numbers of its own: see `noise`.
+        # Each search of a write begins at other random numbers (see `noise`). This hardly matters:
+        # on glyphs, recall is equally good if all of them begin at the same.
         hidden = self.search(theta, self.dim, stream=self.layers + 1 + self.n_written)
         self.update([theta, *hidden])
 

@@ -167,12 +167,13 @@ LEGEND = {
               "modulations as they were trained (ground truth)",
     "FAA(M)": "accuracy with the task known and the modulations that the memory M recalls",
     "local": "accuracy with the predicted task and the modulations that the memory M recalls. The "
-             "number of the class within its task must be right, but not the task",
+             "number of the class within its task must be right. The task need not be right",
     "D(M)": "what recall costs: FAA_GT - FAA(M). In MTS, what recall and wrong tasks cost: FAA_GT "
             "- local",
     "strict": "as local, but the task must be right, too",
     "error": "recall error |theta_hat - theta| / |theta|, without the key",
-    "linear": "control: no modulation, and a head that is trained for that, by logistic regression",
+    "linear": "control: no modulation, and a new head, trained by logistic regression for the ViT "
+              "without a modulation",
     "mean": "control: the mean of all modulations, with the head of the task",
     "wrong": "control: the modulation of the task before, with the head of the task",
     "none": "control: no modulation, with the head of the task. In MTS, controls get the predicted "
@@ -180,8 +181,9 @@ LEGEND = {
 }
 ABOUT_HASHES = (
     "A row with a hash in parentheses was made with other code, images or weights than another row "
-    "of its table, or on another kind of device. So do not compare them. The first half of the hash "
-    "stands for the training, and the second for the code of the memory and of the evaluation.")
+    "of its table, or on another kind of device. So do not compare them. The first half of the "
+    "hash stands for the training, and the second for the code of the memory, of evaluate.py, and "
+    "of til.py or mts.py.")
 
 
 def tables(results):
@@ -214,7 +216,8 @@ def table(command, results):
     headings = list(dict.fromkeys(heading for result in results for heading in result["figures"]))
     lines = [line("M", "seeds", *headings), "|---" * (2 + len(headings)) + "|"]
     paper = dict(PAPER.get(command, {}))
-    # The memories with the default options, then the memories with each other choice of options.
+    # First the rows in which only the memory was chosen, perhaps with options of its own. Then
+    # those with further options, such as --rank 4, sorted by these.
     for name, digest in sorted(rows, key=lambda row: (row[0].partition(" ")[2], row)):
         runs = rows[name, digest]
         # The digest is shown if there is another row with which this one should not be compared.
@@ -256,9 +259,9 @@ def clash(a, b):
     """True if two results should not be compared, although the names of their rows do not say so.
 
     Between them, a file of the program was changed, or the images, or the weights of the ViT. Or
-    else both rows have the same name, but another digest.
+    else both rows have the same name, but another digest: they come from different devices.
     """
-    hashes_a = a["code"] | a.get("content", {})     # results of the third edition have no content
+    hashes_a = a["code"] | a.get("content", {})     # those in results/third-edition have no content
     hashes_b = b["code"] | b.get("content", {})
     if any(hashes_a[name] != hashes_b[name] for name in hashes_a.keys() & hashes_b.keys()):
         return True

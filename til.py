@@ -62,7 +62,7 @@ def til_training(tasks, train, memory, learn):
         modulation = learn(t, images, labels)                   # 5, 6
         key, value = lora.split_key(modulation.theta)           # 7: k_t (A.1 writes v_t for it)
         keys.append(key)                                        # 8
-        memory.write(key, value)                                # 9
+        memory.write(key, value)                                # 9, as in section 3.1
         modulations.append(modulation)
     return keys, modulations                                    # 11
 
@@ -281,17 +281,20 @@ CODE = {name: data.digest_of_code(name) for name in ("vit.py", "lora.py", "data.
 WHERE_AND_WHICH = {"weights", "data_dir", "out", "seeds", "predict", "task"}
 # These do not change theta_1 .. theta_T. (`row` is not an option: see `parse`.)
 NOT_FOR_THETA = WHERE_AND_WHICH | {"memory", "predictor", "label_smoothing", "row"}
-# These are not added to the name of a row: the memory is its first word, the data set and the
-# splits stand above the table, and the device matters little.
+# These are not added to the name of a row: the memory is its first word, and the data set and the
+# splits stand above the table. Rows of different devices are told apart by a hash (see
+# evaluate.clash).
 NOT_IN_ROW = WHERE_AND_WHICH | {"memory", "dataset", "splits", "device"}
 
 
 def folder_of_run(args, seed, backbone):
     """The folder for what is trained. Its name ends with a hash of what the training depends on.
 
-    This is: the options (also those that you add), the code, the images, and W. (W is hashed in
-    float32, before it becomes bfloat16.)
+    This is: the options (also those that you add), the code, the images, and W. The hashes of the
+    images and of W are in args.content: load_images has put in the first, and this function adds
+    the second. (W is hashed in float32, before it becomes bfloat16.)
     """
+    # W also depends on the image size, because the position embeddings are resized for it.
     args.content[f"{args.backbone}, {args.image_size} pixels"] = data.digest(*backbone.parameters())
     options = {name: value for name, value in vars(args).items() if name not in NOT_FOR_THETA}
     digest = data.digest(options, CODE)
