@@ -98,10 +98,10 @@ What is not exact
     Also, the hidden layers are only one guess. Yoo & Wood can keep many guesses, each with a belief
     of its own. They call such a guess, together with its belief, a particle.
 
-What hardly matters
-    The upper layers. The search of a write leaves x^2 and x^3 near 0, so W_1 and
-    W_2 learn almost nothing, and with layers=2, recall is equally good. We have four layers because
-    the paper has.
+The upper layers
+    The upper layers hardly matter. The search of a write leaves x^2 and x^3 near 0, so W_1 and W_2
+    learn almost nothing, and with layers=2, recall is equally good. We have four layers because the
+    paper has.
 """
 import math
 

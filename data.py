@@ -8,8 +8,8 @@ that you can try everything without a download. `folder` reads pictures of your 
     images, labels = task(train, tasks[0])              # D_t, the images of the first task
 
 At first, you need only `Images`, `Mistake` and the part `tasks`. What is between them reads and
-draws the data sets. From `files` on, the program reads and writes files, and talks to the terminal.
-(They are here because nearly all other files import this one.)
+draws the data sets. From `files` on, there are the functions that read and write files, and that
+talk to the terminal. They are in this file because nearly all other files import it.
 """
 import argparse
 import ast

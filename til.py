@@ -11,9 +11,9 @@ Read this file from top to bottom: the two algorithms, how a modulation is train
 row in the table. From the heading `files` on, you can skip it at first. (A run begins in `main`, at
 the very end. It calls `experiment` for each seed.)
 
-What is trained is kept in a folder of runs/. It is not trained again, also not with another memory.
-If you start a stopped command once more, it goes on after the last task that was finished.
-README.md says which changes of yours begin a new folder.
+What is trained is kept in a folder of runs/. With another memory, nothing is trained again. If you
+start a stopped command once more, it goes on after the last task that was finished. README.md says
+which changes of yours begin a new folder.
 
 A data.Mistake is a mistake of the user. The program ends with it, in one line.
 """
