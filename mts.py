@@ -8,7 +8,6 @@ A task predictor finds out to which task an image belongs. It is another LoRA mo
 with a head of its own. After that, everything is as in til.py: the modulation of the task is
 recalled, and the image is classified with it. theta_0 itself is never written to the memory.
 """
-import argparse
 import time
 
 import torch
@@ -210,16 +209,9 @@ def make_parser(description):
     parser.add_argument("--predictor", choices=("tasks", "classes"), default="tasks",
                         help="what it learns: the tasks, as in the paper, or all classes "
                              "(default: tasks)")
-    parser.add_argument("--label-smoothing", type=number_below_one, default=0.0,
-                        help="of the predictor (default: 0)")
+    parser.add_argument("--label-smoothing", type=float, default=0.0,
+                        help="of the predictor, from 0 to 1 (default: 0)")
     return parser
-
-
-def number_below_one(text):
-    """A type for argparse: numbers in [0, 1)."""
-    if not 0 <= float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to below 1")
-    return float(text)
 
 
 if __name__ == "__main__":

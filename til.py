@@ -373,8 +373,6 @@ def parse(parser):
         size = 32                               # in place of 64: it is enough, and quicker
     parser.set_defaults(backbone=default, image_size=size, batch_size=6 if glyphs else 64)
     args = parser.parse_args()
-    if len({*args.seeds}) < len(args.seeds):
-        raise data.Mistake("--seeds: one of them is given twice")
     if args.predict:
         data.picture(args.predict, args.image_size)     # raises Mistake if it cannot be read
         if "task" in args and args.task not in range(1, args.splits + 1):
@@ -435,7 +433,8 @@ def main(parser, run_one_seed):
     # torchrun starts several processes, and numbers them. Each takes its share of the seeds.
     process = int(os.environ.get("RANK", 0))
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
-    results = [run_one_seed(args, seed, train, test) for seed in args.seeds[process::n_processes]]
+    seeds = sorted({*args.seeds})               # a seed that was given twice runs once
+    results = [run_one_seed(args, seed, train, test) for seed in seeds[process::n_processes]]
     if not args.predict:
         print(evaluate.tables(results))
 
