@@ -14,7 +14,6 @@ talk to the terminal. They are in this file because nearly all other files impor
 import argparse
 import ast
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -166,35 +165,32 @@ def class_names(root):
     """The names of the folders in `root`, one for each class."""
     if not root.is_dir():
         raise Mistake(f"there is no folder {root}: expected {root}/<class>/<picture>")
-    names = []
-    others = []
-    for path in sorted(root.iterdir()):
-        # Systems and editors leave such folders behind: .ipynb_checkpoints, @eaDir, __MACOSX.
-        hidden = path.name.startswith((".", "@", "__"))
-        if path.is_dir() and not hidden:
-            names.append(path.name)
-        else:
-            others.append(path.name)
-    if others:
-        print(f"{root}: left out, as they are files or hidden:", ", ".join(others))
-    if not names:
-        raise Mistake(f"{root} should hold a folder for each class, but holds none")
-    return names
+    return [path.name for path in choose(root, Path.is_dir, "folder of a class")]
 
 
 def list_pictures(of_class):
-    """The picture files in the folder of a class. It prints which other files it leaves out."""
+    """The picture files in the folder of a class."""
     readable = {suffix for suffix, kind in Image.registered_extensions().items()
                 if kind in Image.OPEN}
-    files = sorted(of_class.iterdir())
-    pictures = [path for path in files
-                if path.suffix.lower() in readable and not path.name.startswith(".")]
-    others = [path.name for path in files if path not in pictures]
+    return choose(of_class, lambda path: path.suffix.lower() in readable, "picture")
+
+
+def choose(root, wanted, what):
+    """The paths in the folder `root` that are wanted. It prints which others it leaves out."""
+    chosen = []
+    others = []
+    for path in sorted(root.iterdir()):
+        # Systems and editors leave such things behind: .ipynb_checkpoints, @eaDir, __MACOSX.
+        hidden = path.name.startswith((".", "@", "__"))
+        if wanted(path) and not hidden:
+            chosen.append(path)
+        else:
+            others.append(path.name)
     if others:
-        print(f"{of_class}: {len(pictures)} pictures; left out:", ", ".join(others))
-    if not pictures:
-        raise Mistake(f"there are no pictures in {of_class}")
-    return pictures
+        print(f"{root}: left out, as it is hidden or no {what}:", ", ".join(others))
+    if not chosen:
+        raise Mistake(f"there is no {what} in {root}")
+    return chosen
 
 
 def picture(path, size):
@@ -228,20 +224,22 @@ def glyphs(data_dir, n_train=22, n_test=8):
     below FAA_GT, and `wrong` at least 10.
     """
     classes = [f"glyph {label:02d}" for label in range(100)]
+    # Drawing i is made from the seed i. These four would repeat one that is there already.
+    drawings = [i for i in range(104) if i not in (51, 66, 72, 90)]
     parts = []
     for part, n in enumerate((n_train, n_test)):
-        images = [draw_class(label, part, n) for label in range(100)]
+        images = [draw_class(i, part, n) for i in drawings]
         labels = torch.arange(100).repeat_interleave(n)
         parts.append(Images(torch.cat(images), labels, classes))
     return parts
 
 
-def draw_class(label, part, n):
-    """n samples of a class, each distorted, uint8 (n, 3, 64, 64); part: 0 to train, 1 to test."""
-    strokes = random_strokes(np.random.default_rng([0, label]), 2)          # (2, 2, 2)
+def draw_class(i, part, n):
+    """n samples of drawing i, each distorted, uint8 (n, 3, 64, 64); part: 0 to train, 1 to test."""
+    strokes = random_strokes(np.random.default_rng([0, i]), 2)              # (2, 2, 2)
     mirrored = strokes * np.float32((-1, 1))
     glyph = np.concatenate([strokes, mirrored])[:, None]                    # (4, 1, 2, 2)
-    rng = np.random.default_rng([1 + part, label])
+    rng = np.random.default_rng([1 + part, i])
 
     # For each pixel (x, y), (u, v) is the matching place in the drawing before it was distorted.
     angle, scale, shear, dx, dy = 0.05 * rng.uniform(-1, 1, (n, 5)).T[..., None]        # (n, 1)
@@ -300,10 +298,10 @@ LOADERS = {
 # ---- tasks -------------------------------------------------------------------------------------
 def split(n_classes, n_tasks, seed):
     """The classes of each task: n_tasks lists of equal length, in an order drawn from the seed."""
-    # A task with one class would leave nothing to learn.
-    possible = [n for n in range(1, n_classes // 2 + 1) if n_classes % n == 0]
+    # With one task, there is nothing to tell apart, and in a task of one class, nothing to learn.
+    possible = [n for n in range(2, n_classes // 2 + 1) if n_classes % n == 0]
     if n_tasks not in possible:
-        numbers = ", ".join(map(str, possible)) or "nothing, as there must be two or more classes"
+        numbers = ", ".join(map(str, possible)) or "nothing"
         raise Mistake(f"{n_classes} classes cannot be split into {n_tasks} equal tasks of two or "
                       f"more: --splits can be {numbers}")
     order = np.random.default_rng(seed).permutation(n_classes)
@@ -347,7 +345,7 @@ def hold_out(train):
 
 
 def generator(*numbers):
-    """A generator of random numbers, another one for each combination, such as (seed, task).
+    """A generator of random numbers, another one for each pair of numbers, such as (seed, task).
 
     If it were made from the sum seed + task, task 2 of seed 0 would draw the same numbers as task 1
     of seed 1.
@@ -361,18 +359,17 @@ def save(path, content):
     """Writes JSON if the path ends in .json, and otherwise what torch.save writes."""
     # First beside `path`, then renamed: so nobody ever finds half a file. Another command may write
     # the same file, so the number of the process is in the name.
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".json":
             scratch.write_text(json.dumps(content))
         else:
-            torch.save(content, scratch)
+            with scratch.open("wb") as file:
+                torch.save(content, file)
         scratch.replace(path)
-    except (OSError, RuntimeError) as error:            # RuntimeError: torch.save, on a full disk
-        scratch.unlink(missing_ok=True)
-        raise Mistake(f"cannot write {path}: {error}. Is there space left, and may you write "
-                      "there?") from error
+    finally:
+        scratch.unlink(missing_ok=True)         # if the disk is full, or after Ctrl-C
 
 
 def read(path):
@@ -402,10 +399,13 @@ def digest(*parts):
     return sha.hexdigest()[:8]
 
 
-@functools.cache                            # remembered, in case you edit the file during the run
+# The code of this program, as it is when the program starts. (You may edit it during the run.)
+SOURCES = {path.name: path.read_bytes() for path in Path(__file__).parent.glob("*.py")}
+
+
 def digest_of_code(name):
     """A short hash of the code of a file beside this one, without comments and docstrings."""
-    tree = ast.parse(Path(__file__).with_name(name).read_bytes())
+    tree = ast.parse(SOURCES[name])
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node):
@@ -437,13 +437,13 @@ def progress(items, label):
     for i, item in enumerate(items, 1):
         count = f"{label} {i} of {len(items)}"
         if on_terminal:
-            print(f"\r{count} ", end="", file=sys.stderr, flush=True)
+            print(f"{count} ", end="\r", file=sys.stderr, flush=True)
         elif time.monotonic() - shown > 60:
             print(count, file=sys.stderr, flush=True)
             shown = time.monotonic()
         yield item
     if on_terminal:
-        print("\r" + 70 * " " + "\r", end="", file=sys.stderr)    # wipe the line
+        print(70 * " ", end="\r", file=sys.stderr)      # wipe the line
 
 
 @contextlib.contextmanager
