@@ -108,7 +108,7 @@ import math
 import torch
 from torch.nn.functional import gelu
 
-from data import Mistake
+import data
 
 
 class BayesPCN:
@@ -118,8 +118,9 @@ class BayesPCN:
     0.01. For the rest, the paper takes the defaults that Yoo & Wood describe. We take those of
     their program: a width of 256, and the two sigmas. A write searches as a read does.
     A search has at most `steps` steps, and ends earlier when E hardly changes, as in their program.
-    Two things differ from the paper: the learning rate falls during a search, and a write needs no
-    learning rate for weights, because it updates them in closed form.
+    Three things differ from the paper: the default read is our own, the learning rate falls during
+    a search, and a write needs no learning rate for weights, because it updates them in closed
+    form.
 
     seed: for the random numbers of this class. It has nothing to do with the seeds of til.py.
     The attribute trace has E at each step of the last search.
@@ -129,11 +130,12 @@ class BayesPCN:
     def __init__(self, dim, hidden=256, layers=4, sigma_prior=1.0, sigma_obs=0.01, lr=0.01,
                  steps=500, read="marginal", seed=0):
         if read not in ("marginal", "joint"):
-            raise Mistake(f"bayespcn: read can be marginal or joint, not {read}")
+            raise data.Mistake(f"bayespcn: read can be marginal or joint, not {read}")
         if hidden < 1 or layers < 2 or steps < 1:
-            raise Mistake("bayespcn: hidden and steps must be at least 1, and layers at least 2")
+            raise data.Mistake("bayespcn: hidden and steps must be at least 1, and layers at least "
+                               "2")
         if not min(sigma_prior, sigma_obs, lr) > 0:
-            raise Mistake("bayespcn: sigma_prior, sigma_obs and lr must be above 0")
+            raise data.Mistake("bayespcn: sigma_prior, sigma_obs and lr must be above 0")
         self.dim = dim
         self.H = hidden
         self.layers = layers
@@ -264,8 +266,7 @@ class BayesPCN:
         Each stream has its own numbers. With 4 layers, 0 to 3 are for the first belief about each
         layer, all reads begin at those of 4, and write n = 0, 1, .. begins at those of 5 + n.
         """
-        generator = torch.Generator().manual_seed(100_003 * self.seed + stream)
-        x = torch.randn(rows, width, generator=generator)
+        x = torch.randn(rows, width, generator=data.generator(self.seed, stream))
         return x.double() / math.sqrt(width)
 
     @property

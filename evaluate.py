@@ -23,8 +23,6 @@ import data
 import lora
 import vit
 
-data.digest_of_code("evaluate.py")              # remembered for save_result in til.py
-
 
 # ---- metrics -----------------------------------------------------------------------------------
 def faa(accuracies):
@@ -75,10 +73,8 @@ def find_memory(name):
 
     Upper and lower case do not matter in the class's name, and underscores do not, either.
     """
-    files = [path.stem for path in Path(__file__).parent.glob("*.py")]
-    if name in files:
+    if f"{name}.py" in data.SOURCES:
         module = importlib.import_module(name)
-        data.digest_of_code(f"{name}.py")           # remembered for save_result in til.py
         for word, thing in vars(module).items():
             same_name = word.replace("_", "").lower() == name.replace("_", "").lower()
             if same_name and hasattr(thing, "write") and hasattr(thing, "read"):
@@ -101,7 +97,7 @@ def parse_option(pair, text, default):
 
 
 def check_theta(theta, P):
-    """Raises Mistake if what a memory's read has returned is not a vector of P finite numbers."""
+    """Raises Mistake if theta, which a memory may have recalled, is not P finite numbers."""
     shape = getattr(theta, "shape", None)
     if not torch.is_tensor(theta) or shape != (P,) or not theta.isfinite().all():
         raise data.Mistake(
@@ -110,13 +106,13 @@ def check_theta(theta, P):
 
 
 # ---- the control `linear`: what is possible without a modulation? ------------------------------
-@torch.no_grad()
 def linear_heads(net, train, tasks):
     """For each task, a head for the class tokens of the unmodulated ViT.
 
     It is trained by logistic regression, and shows what the frozen ViT can do already.
     """
-    net.theta.zero_()
+    with torch.no_grad():
+        net.theta.zero_()
     heads = []
     for classes in data.progress(tasks, "linear heads, task"):
         images, labels = data.task(train, classes)
@@ -128,7 +124,6 @@ def linear_heads(net, train, tasks):
     return heads
 
 
-@torch.enable_grad()                            # linear_heads has switched gradients off
 def logistic_regression(x, y, n_classes, penalty=0.03):
     """Weights (n_classes, d) and biases (n_classes,) that predict y (n,) from x (n, d).
 
@@ -159,7 +154,7 @@ def logistic_regression(x, y, n_classes, penalty=0.03):
 PAPER = json.loads((Path(__file__).parent / "results/paper.json").read_text("utf-8"))
 # What the columns mean. The headings are the names of the "figures" in the results.
 LEGEND = {
-    "Task Acc": "images whose task is predicted right, in percent",
+    "Task Acc": "images whose task is predicted right, in percent, averaged over the tasks",
     "FAA_GT": "accuracy in percent, averaged over the tasks, with the task known and the "
               "modulations as they were trained (ground truth)",
     "FAA(M)": "accuracy with the task known and the modulations that the memory M recalls",
@@ -281,8 +276,6 @@ def find_results(paths):
     """All results in these files, and in the files of these folders and below."""
     files = []
     for path in paths:
-        if not path.exists():
-            raise data.Mistake(f"there is no {path}")
         files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
     results = []
     others = []
@@ -300,10 +293,7 @@ def find_results(paths):
 
 def results_in(file):
     """The results in a JSON file, which may hold one, a list of them, or something else."""
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):           # it cannot be read, or is damaged
-        return []
+    content = data.read(file)
     entries = content if isinstance(content, list) else [content]
     return [entry | {"path": file} for entry in entries
             if isinstance(entry, dict) and {"row", "figures", "setting", "code"} <= entry.keys()]

@@ -8,8 +8,6 @@ A task predictor finds out to which task an image belongs. It is another LoRA mo
 with a head of its own. After that, everything is as in til.py: the modulation of the task is
 recalled, and the image is classified with it. theta_0 itself is never written to the memory.
 """
-import time
-
 import torch
 
 import data
@@ -32,22 +30,19 @@ def mts_training(tasks, train, memory, learn, learn_predictor):
 def mts_inference(net, predictor, heads, images, keys, memory):
     """Algorithm 4: the predicted tasks t_hat (n,), and logits (n, classes of a task).
 
-    The paper's algorithm is for one image. Here are n of them: images with the same predicted task
-    are classified together, so that each modulation is recalled only once.
+    The paper's algorithm is for one image. Here are n of them, and each modulation is recalled only
+    once. (It is copied, because a memory may use the same tensor for all its answers.)
     """
     t_hat = predict_task(net, predictor, images, len(keys))                 # 3
-    logits = torch.empty(len(images), heads[0].out_features)
-    for t in t_hat.unique().tolist():
-        of_task_t = t_hat == t
-        logits[of_task_t] = til.til_inference(                              # 5, 7: Algorithm 2
-            net, heads[t], images[of_task_t], keys[t], memory)
+    theta_hat = {t: memory.read(keys[t]).clone() for t in t_hat.unique().tolist()}      # 5
+    logits = classify_each(net, heads, images, t_hat, theta_hat)            # 7
     return t_hat, logits                                                    # 8
 
 
 def classify_each(net, heads, images, task_ids, thetas):
     """Logits (n, classes of a task): image i is classified with theta and head of task_ids[i].
 
-    This is for the ground truth and the controls. thetas[t] and heads[t] are those of task t.
+    thetas[t] and heads[t] are those of task t. Images of the same task are classified together.
     """
     logits = torch.empty(len(images), heads[0].out_features)
     for t in task_ids.unique().tolist():
@@ -103,6 +98,8 @@ def make_learn_predictor(args, seed, net, path):
     recipe = til.Recipe(epochs=10,              # paper, A.2
                         batch_size=128, lr=LR, augment=flips_and_crops,
                         label_smoothing=args.label_smoothing)
+    if not 0 <= args.label_smoothing <= 1:      # PyTorch would take -1 for 0
+        raise data.Mistake("--label-smoothing must be from 0 to 1")
     if args.dataset == "glyphs":                # ours: there are only 2,200 images
         recipe = recipe._replace(epochs=5, batch_size=16)
     if path.exists():
@@ -125,9 +122,9 @@ def experiment(args, seed, train, test):
 
     Returns a dictionary, whose "figures" are the numbers of a row in the table.
     """
-    start = time.perf_counter()
     tasks = data.split(len(train.classes), args.splits, seed)
-    net, folder = til.make_network(args, seed)
+    net = til.make_network(args)
+    folder = til.folder_of_run(args, seed)
     memory = evaluate.make_memory(args.memory, len(net.theta))
     path = predictor_path(args, folder)
     learn_predictor = make_learn_predictor(args, seed, net, path)
@@ -157,7 +154,7 @@ def experiment(args, seed, train, test):
         "none": classify_each(net, heads, images, t_hat, none)}
     figures, per_task = score(logits, t_hat, task_ids, labels)
     variant = path.stem.removeprefix("predictor")       # -tasks-HASH or -classes-HASH
-    return til.save_result("mts", args, seed, folder, start, figures, per_task, variant)
+    return til.save_result("mts", args, seed, folder, figures, per_task, variant)
 
 
 def score(logits, t_hat, task_ids, labels):
@@ -178,7 +175,7 @@ def score(logits, t_hat, task_ids, labels):
                 for way, hit in hits.items()}
     faa = {way: evaluate.faa(accuracies) for way, accuracies in per_task.items()}
     figures = {
-        "Task Acc": evaluate.percent(hits["task"]), "FAA_GT": faa["gt"], "local": faa["local"],
+        "Task Acc": faa["task"], "FAA_GT": faa["gt"], "local": faa["local"],
         "D(M)": faa["gt"] - faa["local"], "strict": faa["strict"], "linear": faa["linear"],
         "mean": faa["mean"], "wrong": faa["wrong"], "none": faa["none"]}
     return figures, per_task

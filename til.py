@@ -119,16 +119,15 @@ def fit(net, head, images, labels, recipe, generator):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=recipe.lr[1])
     for epoch in range(recipe.epochs):
         order = torch.randperm(n, generator=generator).to(device)
-        # How all images are changed in this epoch. Row i is for image order[i].
+        # How the images are changed in this epoch, with a row for each image.
         changes = recipe.augment(n, generator)
         changes = {name: rows.to(device) for name, rows in changes.items()}
         hits = 0
         caption = f"epoch {epoch + 1} of {recipe.epochs}, step"
-        for start in data.progress(range(0, n, recipe.batch_size), caption):
-            batch = slice(start, start + recipe.batch_size)
-            y = labels[order[batch]]                                # (B,)
+        for batch in data.progress(order.split(recipe.batch_size), caption):
+            y = labels[batch]                                       # (B,)
             changes_of_batch = {name: rows[batch] for name, rows in changes.items()}
-            x = net.prepare(images[order[batch]], **changes_of_batch)       # (B, 3, s, s)
+            x = net.prepare(images[batch], **changes_of_batch)      # (B, 3, s, s)
             tokens = net.graphed(x) if x.is_cuda else net(x)        # (B, d); graphed is faster
             logits = head(tokens.float())                           # (B, outputs)
             loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
@@ -208,9 +207,9 @@ def print_time_left(n_tasks, seconds):
 # ---- the experiment ----------------------------------------------------------------------------
 def experiment(args, seed, train, test):
     """Algorithms 1 and 2, and the controls. The "figures" of its result are a row in the table."""
-    start = time.perf_counter()
     tasks = data.split(len(train.classes), args.splits, seed)
-    net, folder = make_network(args, seed)                      # folder: for what is trained
+    net = make_network(args)
+    folder = folder_of_run(args, seed)                          # for what is trained
     memory = evaluate.make_memory(args.memory, len(net.theta))
     learn = make_learn(args, seed, net, folder, tasks)
     keys, modulations = til_training(tasks, train, memory, learn)
@@ -221,6 +220,7 @@ def experiment(args, seed, train, test):
     thetas = [theta for theta, _ in modulations]
     mean = torch.stack(thetas).mean(0)
     none = torch.zeros_like(mean)                               # with it, the ViT is as it was
+    wrong = thetas[-1:] + thetas[:-1]                           # each is that of the task before
     linear_heads = evaluate.linear_heads(net, train, tasks)
     per_task = {}                               # {way to classify: [accuracy of each task]}
     for t, classes in enumerate(data.progress(tasks, "testing task")):
@@ -231,8 +231,7 @@ def experiment(args, seed, train, test):
             "recalled": til_inference(net, head, images, keys[t], memory),
             "linear": classify(net, linear_heads[t], images, none),
             "mean": classify(net, head, images, mean),
-            # The theta of the task before; for the first task, that of the last, thetas[-1].
-            "wrong": classify(net, head, images, thetas[t - 1]),
+            "wrong": classify(net, head, images, wrong[t]),
             "none": classify(net, head, images, none)}
         for way, z in logits.items():
             per_task.setdefault(way, []).append(evaluate.percent(z.argmax(1) == labels))
@@ -245,19 +244,20 @@ def experiment(args, seed, train, test):
         "FAA_GT": faa["gt"], "FAA(M)": faa["recalled"], "D(M)": faa["gt"] - faa["recalled"],
         "error": statistics.fmean(errors), "linear": faa["linear"], "mean": faa["mean"],
         "wrong": faa["wrong"], "none": faa["none"]}
-    return save_result("til", args, seed, folder, start, figures, per_task)
+    return save_result("til", args, seed, folder, figures, per_task)
 
 
-def make_network(args, seed):
-    """The network that all tasks share, and the folder for what is trained with it."""
+def make_network(args):
+    """The network that all tasks share."""
     backbone = vit.load(args.backbone, args.weights, args.image_size)
-    folder = folder_of_run(args, seed, backbone)                # see `files`, below
+    # A hash of W, for folder_of_run. W also depends on the image size, because the position
+    # embeddings are resized for it.
+    args.content[f"{args.backbone}, {args.image_size} pixels"] = data.digest(*backbone.parameters())
     # W is never trained, so bfloat16 is precise enough for it. (See set_up_torch: on a CPU, it is
     # float32.) Theta and the heads are made later, and stay float32: AdamW's steps are small.
     for weight in backbone.parameters():
         weight.data = weight.data.to(getattr(torch, args.dtype))
-    net = lora.ModulatedViT(backbone.to(args.device), args.rank, args.alpha)
-    return net, folder
+    return lora.ModulatedViT(backbone.to(args.device), args.rank, args.alpha)
 
 
 def predict(args, train, tasks, net, keys, modulations, memory):
@@ -287,15 +287,12 @@ NOT_FOR_THETA = WHERE_AND_WHICH | {"memory", "predictor", "label_smoothing", "ro
 NOT_IN_ROW = WHERE_AND_WHICH | {"memory", "dataset", "splits", "device"}
 
 
-def folder_of_run(args, seed, backbone):
+def folder_of_run(args, seed):
     """The folder for what is trained. Its name ends with a hash of what the training depends on.
 
-    This is: the options (also those that you add), the code, the images, and W. The hashes of the
-    images and of W are in args.content: load_images has put in the first, and this function adds
-    the second. (W is hashed in float32, before it becomes bfloat16.)
+    This is: the options (also those that you add), the code, the images, and W. (The hashes of the
+    images and of W are in args.content. load_images and make_network have put them there.)
     """
-    # W also depends on the image size, because the position embeddings are resized for it.
-    args.content[f"{args.backbone}, {args.image_size} pixels"] = data.digest(*backbone.parameters())
     options = {name: value for name, value in vars(args).items() if name not in NOT_FOR_THETA}
     digest = data.digest(options, CODE)
     run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
@@ -304,11 +301,8 @@ def folder_of_run(args, seed, backbone):
     return folder
 
 
-def save_result(setting, args, seed, folder, start, figures, per_task, variant=""):
-    """Writes the result of a run to <setting>-<memory><variant>.json, and returns it.
-
-    start: when the run began, by time.perf_counter().
-    """
+def save_result(setting, args, seed, folder, figures, per_task, variant=""):
+    """Writes the result of a run to <setting>-<memory><variant>.json, and returns it."""
     memory, _, _ = args.memory.partition(":")
     code = {name: data.digest_of_code(name)
             for name in (f"{memory}.py", "evaluate.py", f"{setting}.py")}
@@ -319,7 +313,6 @@ def save_result(setting, args, seed, folder, start, figures, per_task, variant="
     options = {name: value for name, value in vars(args).items() if name not in WHERE_AND_WHICH}
     result = options | {
         "setting": setting, "seed": seed, "device": device, "torch": torch.__version__,
-        "seconds": time.perf_counter() - start,
         "digest": f"{digest}-{data.digest(code)}", "code": CODE | code,
         "figures": figures, "per_task": per_task}
     # Some characters, such as the ":" of a memory's options, are not allowed in a file's name.

@@ -193,8 +193,11 @@ def load(name, weights=None, image_size=None):
     state = rename(read_weights(path))
     if "pos_embed" in state:
         state["pos_embed"] = resize_positions(state["pos_embed"], vit.m)
-    compare(state, vit.state_dict(), f"{path} does not fit {name}")
-    vit.load_state_dict(state)
+    try:
+        vit.load_state_dict(state)
+    except RuntimeError as error:           # a weight is missing, unknown or of another shape
+        raise Mistake(f"{path} does not fit {name}, or names its weights in another way than timm, "
+                      f"DINOv2 and torchvision: {str(error)[:400]}") from error
     return vit.eval()
 
 
@@ -286,20 +289,10 @@ def resize_positions(pos_embed, m):
     # The class token has no place in the grid of patches, so its embedding stays as it is.
     of_token, of_patches = pos_embed.split([1, pos_embed.shape[1] - 1], dim=1)
     k = round(of_patches.shape[1] ** 0.5)
-    if k == m or k ** 2 != of_patches.shape[1]:         # no square: `compare` will say so
+    if k == m or k ** 2 != of_patches.shape[1]:         # no square: `load` will say so
         return pos_embed
     grid = of_patches.unflatten(1, (k, k)).permute(0, 3, 1, 2)      # (1, d, k, k)
     # We do what DINOv2's own code does. Without its 0.1, rounding may give m - 1 patches.
     grid = F.interpolate(grid, scale_factor=(m + 0.1) / k, mode="bicubic")
     of_patches = grid.flatten(2).transpose(1, 2)                    # (1, m^2, d)
     return torch.cat([of_token, of_patches], dim=1)
-
-
-def compare(found, expected, message):
-    """Raises Mistake at the first weight that is missing, unknown or of another shape."""
-    for name in expected | found:
-        ours = tuple(expected[name].shape) if name in expected else "no such weight"
-        theirs = tuple(found[name].shape) if name in found else "no such weight"
-        if ours != theirs:
-            raise Mistake(f"{message}: {name} should be {ours}, but in the file it is {theirs}. "
-                          f"The first names there are {list(found)[:3]}")
