@@ -82,7 +82,7 @@ Two ways to read
                         elements still adds log(2 pi v_0), so d_0 = P. (In Yoo & Wood's program, the
                         search moves the value, too. Here, it has its best place at each step.)
     In our runs, a marginal read finds the address. A joint read finds only its direction: z is too
-    short, and so is what it recalls. (On glyphs, it has 70 % of the length of theta.) Why? A
+    short, and so is what it recalls. (On glyphs, it has 71 % of the length of theta.) Why? A
     shorter z makes v_0 smaller, and so d_0 log(2 pi v_0) falls. A shorter z also makes the error in
     the key larger. But log(v_0) counts for all elements of theta, and the error only for those of
     the key, a tenth of them. (Exercise 18 derives how short z becomes.)
