@@ -181,7 +181,7 @@ ABOUT_HASHES = (
 def tables(results):
     """Markdown: a table for each experiment, and a legend."""
     text = tables_only(results)
-    if any(result["digest"] in text for result in results):
+    if any(result["digest"] in text for result in results):         # is a hash shown?
         text = f"{text}\n\n{ABOUT_HASHES}"
     return f"{text}\n\n{legend(results)}"
 

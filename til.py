@@ -254,7 +254,8 @@ def make_network(args):
     # embeddings are resized for it.
     args.content[f"{args.backbone}, {args.image_size} pixels"] = data.digest(*backbone.parameters())
     # W is never trained, so bfloat16 is precise enough for it. (See set_up_torch: on a CPU, it is
-    # float32.) Theta and the heads are made later, and stay float32: AdamW's steps are small.
+    # float32.) Theta and the heads are made later, and stay float32: bfloat16 would round AdamW's
+    # small steps away.
     for weight in backbone.parameters():
         weight.data = weight.data.to(getattr(torch, args.dtype))
     return lora.ModulatedViT(backbone.to(args.device), args.rank, args.alpha)

@@ -36,7 +36,7 @@ def mts(result):
 QUESTIONS = [
     ("What does recall cost?",
      "Look at `D(M)` and `error`. With Hopfield, nothing is lost. BayesPCN with `read=joint`, which "
-     "minimises the same as Yoo & Wood's read, loses 0.1 to 0.4 points, and 1.96 on glyphs. With our "
+     "has the same objective as Yoo & Wood's read, loses 0.1 to 0.4 points, and 1.96 on glyphs. With our "
      "own read, it loses almost nothing.",
      PRESENT, lambda r: til(r) and not options(r) and "sigma_obs" not in r["memory"]),
     ("Can the task be found?",
