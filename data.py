@@ -301,7 +301,7 @@ def split(n_classes, n_tasks, seed):
     # With one task, there is nothing to tell apart, and in a task of one class, nothing to learn.
     possible = [n for n in range(2, n_classes // 2 + 1) if n_classes % n == 0]
     if n_tasks not in possible:
-        numbers = ", ".join(map(str, possible)) or "nothing"
+        numbers = ", ".join(map(str, possible)) or "nothing (add a class, or leave one out)"
         raise Mistake(f"{n_classes} classes cannot be split into {n_tasks} equal tasks of two or "
                       f"more: --splits can be {numbers}")
     order = np.random.default_rng(seed).permutation(n_classes)
@@ -385,7 +385,7 @@ def read(path):
     except OSError as error:
         raise Mistake(f"cannot read {path}: {error}") from error
     except Exception as error:              # of many kinds: it depends on where the damage is
-        raise Mistake(f"{path} is damaged ({error}): if you remove it, it is made anew") from error
+        raise Mistake(f"{path} is damaged ({error}): remove it, and run what made it") from error
 
 
 def digest(*parts):
@@ -400,7 +400,7 @@ def digest(*parts):
 
 
 # The code of this program, as it is when the program starts. (You may edit it during the run.)
-SOURCES = {path.name: path.read_bytes() for path in Path(__file__).parent.glob("*.py")}
+SOURCES = {path.name: path.read_bytes() for path in Path(__file__).parent.glob("[!.]*.py")}
 
 
 def digest_of_code(name):

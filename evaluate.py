@@ -50,7 +50,7 @@ def make_memory(text, dim):
     of theta. Raises Mistake if there is no such memory or option.
     """
     name, _, options = text.partition(":")
-    memory = find_memory(name)
+    memory = find_memory(text)
     defaults = {option: parameter.default
                 for option, parameter in inspect.signature(memory).parameters.items()
                 if option != "dim" and parameter.default is not parameter.empty}
@@ -68,11 +68,12 @@ def make_memory(text, dim):
     return memory(dim=dim, **given)
 
 
-def find_memory(name):
-    """The class `name` in the file name.py. Raises Mistake if there is none.
+def find_memory(text):
+    """The class NAME in the file NAME.py, for a text as above. Raises Mistake if there is none.
 
     Upper and lower case do not matter in the class's name, and underscores do not, either.
     """
+    name, _, _ = text.partition(":")
     if f"{name}.py" in data.SOURCES:
         module = importlib.import_module(name)
         for word, thing in vars(module).items():
@@ -292,7 +293,9 @@ def find_results(paths):
 
 
 def results_in(file):
-    """The results in a JSON file, which may hold one, a list of them, or something else."""
+    """The results in a file. If it is JSON, it may hold one, a list of them, or something else."""
+    if file.suffix != ".json":
+        return []
     content = data.read(file)
     entries = content if isinstance(content, list) else [content]
     return [entry | {"path": file} for entry in entries

@@ -371,6 +371,7 @@ def parse(parser):
         data.picture(args.predict, args.image_size)     # raises Mistake if it cannot be read
         if "task" in args and args.task not in range(1, args.splits + 1):
             raise data.Mistake(f"--predict needs --task, from 1 to {args.splits}")
+    evaluate.find_memory(args.memory)           # raises Mistake if there is none
     args.row = name_of_row(args, parser)
     return args
 

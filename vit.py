@@ -197,7 +197,8 @@ def load(name, weights=None, image_size=None):
         vit.load_state_dict(state)
     except RuntimeError as error:           # a weight is missing, unknown or of another shape
         raise Mistake(f"{path} does not fit {name}, or names its weights in another way than timm, "
-                      f"DINOv2 and torchvision: {str(error)[:400]}") from error
+                      f"DINOv2 and torchvision (its first are {list(state)[:3]}): "
+                      f"{str(error)[:400]}") from error
     return vit.eval()
 
 
