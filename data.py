@@ -75,7 +75,7 @@ def tinyimagenet(data_dir):
     cache = data_dir / f"tiny-imagenet-200-{code}.pt"
     if not cache.exists():
         root = data_dir / "tiny-imagenet-200"
-        if not root.exists():
+        if not (root / "val/val_annotations.txt").exists():
             with downloading(data_dir):
                 download_and_extract_archive(
                     "http://cs231n.stanford.edu/tiny-imagenet-200.zip", data_dir,
@@ -99,7 +99,7 @@ def decode_tinyimagenet(root, n_train=500, n_val=50):
         found = [wnid for path, wnid in parts[name] if path.exists()]
         if sorted(found) != sorted(n * wnids):
             raise Mistake(f"{root / name} should hold {n} images of each of {len(wnids)} classes, "
-                          f"but holds {len(found)} images: unpack the official archive again")
+                          f"but holds {len(found)} images: remove {root}, and it is unpacked anew")
     content = {}
     for name, files in parts.items():
         images = [picture(path, 64) for path, _ in progress(files, f"decoding {name} image")]
