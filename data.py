@@ -224,7 +224,7 @@ def glyphs(data_dir, n_train=22, n_test=8):
     below FAA_GT, and `wrong` about 10.
     """
     classes = [f"glyph {label:02d}" for label in range(100)]
-    # Drawing i is made from the seed i. These four would repeat one that is there already.
+    # Drawing i is made from the seed i. These four seeds would repeat an earlier drawing.
     drawings = [i for i in range(104) if i not in (51, 66, 72, 90)]
     parts = []
     for part, n in enumerate((n_train, n_test)):

@@ -69,9 +69,10 @@ def make_memory(text, dim):
 
 
 def find_memory(text):
-    """The class NAME in the file NAME.py, for a text as above. Raises Mistake if there is none.
+    """The class NAME in the file NAME.py, for the text NAME[:OPTION=VALUE,..].
 
-    Upper and lower case do not matter in the class's name, and underscores do not, either.
+    Upper and lower case do not matter in the class's name, and underscores do not, either. Raises
+    Mistake if there is no such class.
     """
     name, _, _ = text.partition(":")
     if f"{name}.py" in data.SOURCES:
