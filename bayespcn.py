@@ -131,9 +131,9 @@ class BayesPCN:
                  steps=500, read="marginal", seed=0):
         if read not in ("marginal", "joint"):
             raise data.Mistake(f"bayespcn: read can be marginal or joint, not {read}")
-        if hidden < 1 or layers < 2 or steps < 1:
-            raise data.Mistake("bayespcn: hidden and steps must be at least 1, and layers at least "
-                               "2")
+        if hidden < 1 or layers < 2 or steps < 1 or seed < 0:
+            raise data.Mistake("bayespcn: hidden and steps must be at least 1, layers at least 2, "
+                               "and seed at least 0")
         if not min(sigma_prior, sigma_obs, lr) > 0:
             raise data.Mistake("bayespcn: sigma_prior, sigma_obs and lr must be above 0")
         self.dim = dim

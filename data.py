@@ -302,8 +302,9 @@ def split(n_classes, n_tasks, seed):
     possible = [n for n in range(2, n_classes // 2 + 1) if n_classes % n == 0]
     if n_tasks not in possible:
         numbers = ", ".join(map(str, possible)) or "nothing (add a class, or leave one out)"
-        raise Mistake(f"{n_classes} classes cannot be split into {n_tasks} equal tasks of two or "
-                      f"more: --splits can be {numbers}")
+        raise Mistake(f"--splits {n_tasks} is not possible with {n_classes} classes. There must be "
+                      "two or more tasks, of equal size, with two or more classes in each: "
+                      f"--splits can be {numbers}")
     order = np.random.default_rng(seed).permutation(n_classes)
     return order.reshape(n_tasks, -1).tolist()
 
@@ -428,6 +429,13 @@ def whole_number(low):
             raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} on")
         return int(text)
     return convert
+
+
+def share(text):
+    """A type for argparse: numbers from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to 1")
+    return float(text)
 
 
 def progress(items, label):

@@ -98,8 +98,6 @@ def make_learn_predictor(args, seed, net, path):
     recipe = til.Recipe(epochs=10,              # paper, A.2
                         batch_size=128, lr=LR, augment=flips_and_crops,
                         label_smoothing=args.label_smoothing)
-    if not 0 <= args.label_smoothing <= 1:      # PyTorch would take -1 for 0
-        raise data.Mistake("--label-smoothing must be from 0 to 1")
     if args.dataset == "glyphs":                # ours: there are only 2,200 images
         recipe = recipe._replace(epochs=5, batch_size=16)
     if path.exists():
@@ -206,7 +204,7 @@ def make_parser(description):
     parser.add_argument("--predictor", choices=("tasks", "classes"), default="tasks",
                         help="what it learns: the tasks, as in the paper, or all classes "
                              "(default: tasks)")
-    parser.add_argument("--label-smoothing", type=float, default=0.0,
+    parser.add_argument("--label-smoothing", type=data.share, default=0.0,
                         help="of the predictor, from 0 to 1 (default: 0)")
     return parser
 
