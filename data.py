@@ -55,7 +55,7 @@ def cifar100(data_dir):
     from torchvision.datasets import CIFAR100           # here, because this import takes 2 seconds
     parts = []
     for train in (True, False):
-        with downloading(data_dir):
+        with downloading(data_dir, "cifar-100-python"):
             part = CIFAR100(data_dir, train=train, download=True)   # it checks the files' md5 sums
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2)    # (N, 3, 32, 32)
         parts.append(Images(images.contiguous(), torch.tensor(part.targets), part.classes))
@@ -76,11 +76,12 @@ def tinyimagenet(data_dir):
     if not cache.exists():
         root = data_dir / "tiny-imagenet-200"
         if not (root / "val/val_annotations.txt").exists():
-            with downloading(data_dir):
+            with downloading(data_dir, "tiny-imagenet-200"):
                 download_and_extract_archive(
                     "http://cs231n.stanford.edu/tiny-imagenet-200.zip", data_dir,
                     md5="90528d7ca1a48142e341f4ef8d21d0de")
         save(cache, decode_tinyimagenet(root))
+    print(f"takes the decoded pictures from {cache}")
     content = read(cache)
     return [Images(**content["train"]), Images(**content["val"])]
 
@@ -99,7 +100,8 @@ def decode_tinyimagenet(root, n_train=500, n_val=50):
         found = [wnid for path, wnid in parts[name] if path.exists()]
         if sorted(found) != sorted(n * wnids):
             raise Mistake(f"{root / name} should hold {n} images of each of {len(wnids)} classes, "
-                          f"but holds {len(found)} images: remove {root}, and it is unpacked anew")
+                          f"but holds {len(found)} images as the official zip file has them: "
+                          f"rename {root}, and it is unpacked anew")
     content = {}
     for name, files in parts.items():
         images = [picture(path, 64) for path, _ in progress(files, f"decoding {name} image")]
@@ -123,14 +125,15 @@ def list_tinyimagenet(root, wnids):
 
 
 @contextlib.contextmanager
-def downloading(data_dir):
-    """Turns whatever goes wrong when torchvision downloads into a Mistake."""
+def downloading(data_dir, name):
+    """Turns whatever goes wrong when torchvision downloads the folder `name` into a Mistake."""
     try:
         yield
     except Exception as error:              # of many kinds: a network can fail in many ways
-        raise Mistake(f"cannot download to {data_dir}, or the files there are damaged ({error}). A "
-                      "download needs a network, but only once. If another command downloads at "
-                      "this moment, wait for it. If a file was cut short, remove it") from error
+        raise Mistake(f"--data-dir {data_dir} should hold a folder {name}, and this folder is "
+                      f"missing or damaged, and cannot be downloaded ({error}). A download needs a "
+                      "network, but only once. If another command downloads at this moment, wait "
+                      "for it. If a file was cut short, remove it") from error
 
 
 # ---- pictures of your own ----------------------------------------------------------------------
@@ -197,14 +200,15 @@ def picture(path, size):
     """The central square of a picture file, as uint8 (3, size, size), RGB.
 
     It is turned upright, as its EXIF data says, and transparent parts become white. Raises Mistake
-    if the file cannot be read, or has more than 8 bits for a colour.
+    if the file cannot be read, or is grey with more than 8 bits. (Of colours with more bits, Pillow
+    takes the upper 8.)
     """
     try:
         image = ImageOps.exif_transpose(Image.open(path))
     except Exception as error:              # of many kinds: it depends on the format
         raise Mistake(f"cannot read {path} as a picture: {error}") from error
     if image.mode.startswith(("I", "F")):           # integers or floats: I, I;16, F
-        raise Mistake(f"{path} has more than 8 bits for a colour: save it with 8 bits")
+        raise Mistake(f"{path} has more than 8 bits for a grey value: save it with 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -301,7 +305,7 @@ def split(n_classes, n_tasks, seed):
     # With one task, there is nothing to tell apart, and in a task of one class, nothing to learn.
     possible = [n for n in range(2, n_classes // 2 + 1) if n_classes % n == 0]
     if n_tasks not in possible:
-        numbers = ", ".join(map(str, possible)) or "nothing (add a class, or leave one out)"
+        numbers = ", ".join(map(str, possible)) or "nothing (add classes, or leave one out)"
         raise Mistake(f"--splits {n_tasks} is not possible with {n_classes} classes. There must be "
                       "two or more tasks, of equal size, with two or more classes in each: "
                       f"--splits can be {numbers}")
@@ -366,8 +370,10 @@ def save(path, content):
         if path.suffix == ".json":
             scratch.write_text(json.dumps(content))
         else:
-            with scratch.open("wb") as file:
-                torch.save(content, file)
+            # Not written by torch.save itself, which ends in a traceback if the disk is full.
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            scratch.write_bytes(buffer.getbuffer())
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)         # if the disk is full, or after Ctrl-C

@@ -7,6 +7,7 @@ From the tables on, you can skip this file at first. (A new column is a new entr
 til.py or mts.py. Explain it in LEGEND here. `cell` decides how many digits are shown.)
 """
 import ast
+import glob
 import importlib
 import inspect
 import json
@@ -82,7 +83,8 @@ def find_memory(text):
             if same_name and hasattr(thing, "write") and hasattr(thing, "read"):
                 return thing
     raise data.Mistake(f"there is no memory {name}: expected a file {name}.py beside til.py, and "
-                       f"in it a class {name} with `write` and `read`")
+                       f"in it a class {name} with `write` and `read`. (Give the name alone: "
+                       "nearest, for the class Nearest in nearest.py)")
 
 
 def parse_option(pair, text, default):
@@ -98,13 +100,14 @@ def parse_option(pair, text, default):
     return value
 
 
-def check_theta(theta, P):
-    """Raises Mistake if theta, which a memory may have recalled, is not P finite numbers."""
+def checked(theta, P):
+    """Returns theta, which a memory may have recalled. Raises Mistake if it is not (P,), finite."""
     shape = getattr(theta, "shape", None)
     if not torch.is_tensor(theta) or shape != (P,) or not theta.isfinite().all():
         raise data.Mistake(
             f"theta should be a tensor of {P} finite numbers, but it is {str(theta)[:80]}, and its "
             f"shape is {shape}. A memory's read should return the key, and then the value")
+    return theta
 
 
 # ---- the control `linear`: what is possible without a modulation? ------------------------------
@@ -278,7 +281,15 @@ def find_results(paths):
     """All results in these files, and in the files of these folders and below."""
     files = []
     for path in paths:
-        files += sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        if path.is_dir():
+            # `glob` follows links, and passes over hidden files and folders.
+            names = glob.glob("**/*.json", root_dir=path, recursive=True)
+            files += [path / name for name in sorted(names)]
+        elif path.exists():
+            files.append(path)
+        else:
+            raise data.Mistake(
+                f"there is no file or folder {path}: name those with results, such as runs")
     results = []
     others = []
     for file in dict.fromkeys(files):       # a folder and one above it may both be given
@@ -306,7 +317,8 @@ def results_in(file):
 # ---- a benchmark of the memories, on random numbers --------------------------------------------
 def bench(args):
     """Prints the time, the size and the recall error of memories, and writes them to --out."""
-    out = args.out.with_suffix(".json")
+    if args.out.suffix != ".json":
+        raise data.Mistake("--out should be a file that ends in .json")
     torch.set_num_threads(1)                # times of different computers compare better
     rows = []
     for name in args.memory:
@@ -315,8 +327,8 @@ def bench(args):
             rows.append(row)
             print("{memory:20} T {T:3}  write {write_ms:6.1f} ms  read {read_ms:6.1f} ms  "
                   "{MB:6.1f} MB  error {error:.4f}".format(**row), flush=True)
-            data.save(out, {"dim": args.dim, "rows": rows})
-    print(f"wrote {out}")
+            data.save(args.out, {"dim": args.dim, "rows": rows})
+    print(f"wrote {args.out}")
 
 
 def bench_memory(name, T, P):
@@ -330,7 +342,7 @@ def bench_memory(name, T, P):
         memory.write(key, value)
     written = time.perf_counter()
     # Copied, because a memory may use one tensor for all its answers.
-    recalled = [memory.read(key).clone() for key, _ in data.progress(pairs, "reading")]
+    recalled = [checked(memory.read(key), P).clone() for key, _ in data.progress(pairs, "reading")]
     read = time.perf_counter()
     return {
         "memory": name, "T": T,
@@ -352,13 +364,16 @@ def main():
         help="for bench: how many modulations to store (default: 20 100)")
     add("--dim", type=data.whole_number(10), default=147_456,
         help="for bench: the length of theta (default: 147456, that of a ViT-S)")
-    add("--out", type=Path, default="runs/bench.json",
+    add("--out", type=Path, default=Path("runs/bench.json"),
         help="for bench: the file to write (default: runs/bench.json)")
     args = parser.parse_args()
+    options = [name for name, value in vars(args).items()
+               if name != "paths" and value != parser.get_default(name)]
     if args.paths == [Path("bench")]:
         bench(args)
-    elif Path("bench") in args.paths or not args.paths:
-        raise data.Mistake("say `bench` alone, or name files and folders, and then put options")
+    elif not args.paths or Path("bench") in args.paths or options:
+        raise data.Mistake("say `bench` alone, and then its options. Or name files and folders for "
+                           "the tables, which have no options")
     else:
         print(tables(find_results(args.paths)))
 

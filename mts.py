@@ -34,7 +34,8 @@ def mts_inference(net, predictor, heads, images, keys, memory):
     once. (It is copied, because a memory may use the same tensor for all its answers.)
     """
     t_hat = predict_task(net, predictor, images, len(keys))                 # 3
-    theta_hat = {t: memory.read(keys[t]).clone() for t in t_hat.unique().tolist()}      # 5
+    theta_hat = {t: evaluate.checked(memory.read(keys[t]), len(net.theta)).clone()      # 5
+                 for t in t_hat.unique().tolist()}
     logits = classify_each(net, heads, images, t_hat, theta_hat)            # 7
     return t_hat, logits                                                    # 8
 

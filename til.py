@@ -21,6 +21,7 @@ import math
 import os
 import re
 import statistics
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -83,8 +84,7 @@ def classify(net, head, images, theta):
     All tasks share the network `net`, so each call begins by copying its theta (P,) into it. Raises
     Mistake if theta has another shape, or is not finite.
     """
-    evaluate.check_theta(theta, len(net.theta))
-    net.theta.copy_(theta)
+    net.theta.copy_(evaluate.checked(theta, len(net.theta)))
     return head(vit.features(net, images)).cpu()
 
 
@@ -155,6 +155,8 @@ def find_or_train(path, net, images, labels, n_outputs, recipe, generator):
         head = new_head(net, n_outputs, generator)
         head.load_state_dict(content["head"])
         return Modulation(content["theta"], head)
+    # A folder in which we cannot write raises OSError now, and not after the training.
+    tempfile.TemporaryFile(dir=path.parent).close()
     start = time.perf_counter()
     net.reset(generator)                                            # line 5
     head = new_head(net, n_outputs, generator)
