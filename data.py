@@ -370,7 +370,7 @@ def save(path, content):
         if path.suffix == ".json":
             scratch.write_text(json.dumps(content))
         else:
-            # Not written by torch.save itself, which ends in a traceback if the disk is full.
+            # First to memory: on a full disk, torch.save would end in a traceback.
             buffer = io.BytesIO()
             torch.save(content, buffer)
             scratch.write_bytes(buffer.getbuffer())

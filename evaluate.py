@@ -101,7 +101,7 @@ def parse_option(pair, text, default):
 
 
 def checked(theta, P):
-    """Returns theta, which a memory may have recalled. Raises Mistake if it is not (P,), finite."""
+    """Returns theta (P,). Raises Mistake if what a memory recalled is not P finite numbers."""
     shape = getattr(theta, "shape", None)
     if not torch.is_tensor(theta) or shape != (P,) or not theta.isfinite().all():
         raise data.Mistake(

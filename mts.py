@@ -31,7 +31,8 @@ def mts_inference(net, predictor, heads, images, keys, memory):
     """Algorithm 4: the predicted tasks t_hat (n,), and logits (n, classes of a task).
 
     The paper's algorithm is for one image. Here are n of them, and each modulation is recalled only
-    once. (It is copied, because a memory may use the same tensor for all its answers.)
+    once. (It is copied, because a memory may use the same tensor for all its answers.) Raises
+    Mistake if what the memory recalls is no theta.
     """
     t_hat = predict_task(net, predictor, images, len(keys))                 # 3
     theta_hat = {t: evaluate.checked(memory.read(keys[t]), len(net.theta)).clone()      # 5
