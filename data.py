@@ -75,7 +75,8 @@ def tinyimagenet(data_dir):
     cache = data_dir / f"tiny-imagenet-200-{code}.pt"
     if not cache.exists():
         root = data_dir / "tiny-imagenet-200"
-        if not (root / "val/val_annotations.txt").exists():
+        lists = ("wnids.txt", "words.txt", "val/val_annotations.txt")
+        if not all((root / name).exists() for name in lists):
             with downloading(data_dir, "tiny-imagenet-200"):
                 download_and_extract_archive(
                     "http://cs231n.stanford.edu/tiny-imagenet-200.zip", data_dir,
@@ -305,7 +306,7 @@ def split(n_classes, n_tasks, seed):
     # With one task, there is nothing to tell apart, and in a task of one class, nothing to learn.
     possible = [n for n in range(2, n_classes // 2 + 1) if n_classes % n == 0]
     if n_tasks not in possible:
-        numbers = ", ".join(map(str, possible)) or "nothing (add classes, or leave one out)"
+        numbers = ", ".join(map(str, possible)) or "nothing (have 4, 6, 8 or 9 classes, or more)"
         raise Mistake(f"--splits {n_tasks} is not possible with {n_classes} classes. There must be "
                       "two or more tasks, of equal size, with two or more classes in each: "
                       f"--splits can be {numbers}")

@@ -11,6 +11,7 @@ import glob
 import importlib
 import inspect
 import json
+import random
 import statistics
 import time
 from pathlib import Path
@@ -66,6 +67,7 @@ def make_memory(text, dim):
     # A memory may draw random numbers: always the same.
     torch.manual_seed(0)
     np.random.seed(0)
+    random.seed(0)
     return memory(dim=dim, **given)
 
 

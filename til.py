@@ -155,8 +155,6 @@ def find_or_train(path, net, images, labels, n_outputs, recipe, generator):
         head = new_head(net, n_outputs, generator)
         head.load_state_dict(content["head"])
         return Modulation(content["theta"], head)
-    # A folder in which we cannot write raises OSError now, and not after the training.
-    tempfile.TemporaryFile(dir=path.parent).close()
     start = time.perf_counter()
     net.reset(generator)                                            # line 5
     head = new_head(net, n_outputs, generator)
@@ -301,6 +299,9 @@ def folder_of_run(args, seed):
     run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
     folder = args.out / run
     folder.mkdir(parents=True, exist_ok=True)
+    if not args.predict:
+        # A folder in which we cannot write raises OSError now, and not after the training.
+        tempfile.TemporaryFile(dir=folder).close()
     return folder
 
 
