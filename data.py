@@ -306,9 +306,10 @@ def split(n_classes, n_tasks, seed):
     # With one task, there is nothing to tell apart, and in a task of one class, nothing to learn.
     possible = [n for n in range(2, n_classes // 2 + 1) if n_classes % n == 0]
     if n_tasks not in possible:
-        numbers = ", ".join(map(str, possible)) or "nothing (have 4, 6, 8 or 9 classes, or more)"
+        numbers = ", ".join(map(str, possible)) or "nothing"
         raise Mistake(f"--splits {n_tasks} is not possible with {n_classes} classes. There must be "
-                      "two or more tasks, of equal size, with two or more classes in each: "
+                      "two or more tasks, of equal size, with two or more classes in each. (So you "
+                      "need at least four classes, and their number must not be prime.) Here, "
                       f"--splits can be {numbers}")
     order = np.random.default_rng(seed).permutation(n_classes)
     return order.reshape(n_tasks, -1).tolist()

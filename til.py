@@ -299,7 +299,7 @@ def folder_of_run(args, seed):
     run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
     folder = args.out / run
     folder.mkdir(parents=True, exist_ok=True)
-    if not args.predict:
+    if not args.predict:                        # which writes nothing, if all is trained
         # A folder in which we cannot write raises OSError now, and not after the training.
         tempfile.TemporaryFile(dir=folder).close()
     return folder
