@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import io
 import json
-import os
+import secrets
 import sys
 import time
 import zipfile
@@ -44,8 +44,9 @@ def load(name, data_dir):
     """The two parts (train, test) of the data set `name`. Raises Mistake if it cannot be loaded."""
     train, test = LOADERS[name](Path(data_dir))
     for part in (train, test):
-        if part.images.dtype != torch.uint8:
-            raise Mistake(f"{name}: images should be uint8, with values from 0 to 255")
+        if part.images.dtype != torch.uint8 or part.labels.dtype != torch.int64:
+            raise Mistake(f"{name}: the images should be a tensor of uint8, from 0 to 255, and the "
+                          "labels a tensor of int64")
     return train, test
 
 
@@ -207,7 +208,7 @@ def picture(path, size):
     try:
         image = ImageOps.exif_transpose(Image.open(path))
     except Exception as error:              # of many kinds: it depends on the format
-        raise Mistake(f"cannot read {path} as a picture: {error}") from error
+        raise Mistake(f"cannot read {path} as a picture ({error}): replace or remove it") from error
     if image.mode.startswith(("I", "F")):           # integers or floats: I, I;16, F
         raise Mistake(f"{path} has more than 8 bits for a grey value: save it with 8 bits")
     if image.has_transparency_data:
@@ -365,12 +366,12 @@ def generator(*numbers):
 def save(path, content):
     """Writes JSON if the path ends in .json, and otherwise what torch.save writes."""
     # First beside `path`, then renamed: so nobody ever finds half a file. Another command may write
-    # the same file, so the number of the process is in the name.
+    # the same file, so the name ends in a random number.
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
         if path.suffix == ".json":
-            scratch.write_text(json.dumps(content))
+            scratch.write_text(json.dumps(content, default=str))        # paths become text
         else:
             # First to memory: on a full disk, torch.save would end in a traceback.
             buffer = io.BytesIO()

@@ -294,7 +294,8 @@ def find_results(paths):
                 f"there is no file or folder {path}: name those with results, such as runs")
     results = []
     others = []
-    for file in dict.fromkeys(files):       # a folder and one above it may both be given
+    # A file can be found twice: with a folder and one above it, or through a link.
+    for file in {file.resolve(): file for file in files}.values():
         found = results_in(file)
         results += found
         if not found:
@@ -321,6 +322,8 @@ def bench(args):
     """Prints the time, the size and the recall error of memories, and writes them to --out."""
     if args.out.suffix != ".json":
         raise data.Mistake("--out should be a file that ends in .json")
+    for name in args.memory:
+        make_memory(name, args.dim)         # raises Mistake now, and not after other memories
     torch.set_num_threads(1)                # times of different computers compare better
     rows = []
     for name in args.memory:

@@ -8,6 +8,8 @@ A task predictor finds out to which task an image belongs. It is another LoRA mo
 with a head of its own. After that, everything is as in til.py: the modulation of the task is
 recalled, and the image is classified with it. theta_0 itself is never written to the memory.
 """
+from pathlib import Path
+
 import torch
 
 import data
@@ -15,7 +17,7 @@ import evaluate
 import til
 
 LR = (0.002, 0.0001)                            # at the start, at the end (paper, A.2)
-CODE = data.digest_of_code("mts.py")
+CODE = data.digest_of_code(Path(__file__).name)
 
 
 # ---- the two algorithms ------------------------------------------------------------------------
@@ -46,11 +48,13 @@ def classify_each(net, heads, images, task_ids, thetas):
 
     thetas[t] and heads[t] are those of task t. Images of the same task are classified together.
     """
-    logits = torch.empty(len(images), heads[0].out_features)
+    logits = []
+    places = []                                                 # which images these are
     for t in task_ids.unique().tolist():
-        of_task_t = task_ids == t
-        logits[of_task_t] = til.classify(net, heads[t], images[of_task_t], thetas[t])
-    return logits
+        of_task_t = (task_ids == t).nonzero().flatten()
+        logits.append(til.classify(net, heads[t], images[of_task_t], thetas[t]))
+        places.append(of_task_t)
+    return torch.cat(logits)[torch.cat(places).argsort()]       # in the order of the images again
 
 
 # ---- the task predictor ------------------------------------------------------------------------

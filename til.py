@@ -85,6 +85,7 @@ def classify(net, head, images, theta):
     Mistake if theta has another shape, or is not finite.
     """
     net.theta.copy_(evaluate.checked(theta, len(net.theta)))
+    head.eval()
     return head(vit.features(net, images)).cpu()
 
 
@@ -108,6 +109,9 @@ def fit(net, head, images, labels, recipe, generator):
 
     Returns the accuracy on these images during the last epoch, in percent.
     """
+    # Layers such as dropout behave in another way in training. (There are none, until you add one.)
+    net.train()
+    head.train()
     device = net.theta.device
     # All images at once: as uint8, they need little of a GPU's memory.
     images, labels = images.to(device), labels.to(device)
@@ -150,6 +154,8 @@ def new_head(net, n_outputs, generator):
 
 def find_or_train(path, net, images, labels, n_outputs, recipe, generator):
     """A Modulation from the file `path`. If there is none, it is trained, and kept there."""
+    # Layers such as dropout draw from PyTorch's own generator.
+    torch.manual_seed(generator.initial_seed())
     if path.exists():
         content = data.read(path)
         head = new_head(net, n_outputs, generator)
@@ -277,7 +283,8 @@ def print_classes(logits, names):
 
 # ---- files -------------------------------------------------------------------------------------
 # The code that trains theta_1 .. theta_T.
-CODE = {name: data.digest_of_code(name) for name in ("vit.py", "lora.py", "data.py", "til.py")}
+CODE = {name: data.digest_of_code(name)
+        for name in ("vit.py", "lora.py", "data.py", Path(__file__).name)}
 # These options say where files are, which seeds to run, and which picture to classify.
 WHERE_AND_WHICH = {"weights", "data_dir", "out", "seeds", "predict", "task"}
 # These do not change theta_1 .. theta_T. (`row` is not an option: see `parse`.)
@@ -318,7 +325,8 @@ def save_result(setting, args, seed, folder, figures, per_task, variant=""):
     result = options | {
         "setting": setting, "seed": seed, "device": device, "torch": torch.__version__,
         "digest": f"{digest}-{data.digest(code)}", "code": CODE | code,
-        "figures": figures, "per_task": per_task}
+        "figures": {name: float(figure) for name, figure in figures.items()},
+        "per_task": per_task}
     # Some characters, such as the ":" of a memory's options, are not allowed in a file's name.
     name = re.sub(r"[^\w.,=+-]", "-", f"{setting}-{args.memory}{variant}")
     path = folder / f"{name}.json"
@@ -396,7 +404,9 @@ def set_up_torch(args):
     if args.device == "cuda":
         if not torch.cuda.is_available():
             raise data.Mistake("PyTorch finds no GPU here: use --device cpu")
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # torchrun numbers its processes on this machine. If there are fewer GPUs, they share them.
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        torch.cuda.set_device(number % torch.cuda.device_count())
         # Some GPUs, such as a T4, can only emulate bfloat16, which is slow.
         if torch.cuda.is_bf16_supported(including_emulation=False):
             args.dtype = "bfloat16"

@@ -144,6 +144,7 @@ def features(net, images):
 
     The tokens are on the device of the network.
     """
+    net.eval()
     device = next(net.parameters()).device
     batch_size = 250 if device.type == "cpu" else 1000      # small batches leave a GPU idle
     tokens = [net(net.prepare(batch.to(device))) for batch in images.split(batch_size)]
@@ -183,23 +184,25 @@ CONFIGS = {
 # ---- published weights -------------------------------------------------------------------------
 # The network ends above. What follows only loads weights, and gives them our names and shapes.
 def load(name, weights=None, image_size=None):
-    """The ViT `name` of CONFIGS with its pretrained weights, float32, in eval mode.
+    """The ViT `name` of CONFIGS with its pretrained weights, float32.
 
     weights: a file to take in place of the published weights.
     Raises Mistake if the weights cannot be had, or do not fit the network.
     """
     vit = ViT(CONFIGS[name], image_size)
     path = weights or find_weights(name)
-    state = rename(read_weights(path))
-    if "pos_embed" in state:
-        state["pos_embed"] = resize_positions(state["pos_embed"], vit.m)
+    published = read_weights(path)
     try:
+        state = rename(published)
+        if "pos_embed" in state:
+            state["pos_embed"] = resize_positions(state["pos_embed"], vit.m)
         vit.load_state_dict(state)
-    except RuntimeError as error:           # a weight is missing, unknown or of another shape
+    except (KeyError, RuntimeError) as error:
+        # A weight is missing, unknown or of another shape.
         raise Mistake(f"{path} does not fit {name}, or names its weights in another way than timm, "
-                      f"DINOv2 and torchvision (its first are {list(state)[:3]}): "
+                      f"DINOv2 and torchvision (its first are {list(published)[:3]}): "
                       f"{str(error)[:400]}") from error
-    return vit.eval()
+    return vit
 
 
 def find_weights(name):
