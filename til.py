@@ -85,7 +85,7 @@ def classify(net, head, images, theta):
     Mistake if theta has another shape, or is not finite.
     """
     net.theta.copy_(evaluate.checked(theta, len(net.theta)))
-    head.eval()
+    head.eval()                                 # for layers such as dropout: see `fit`
     return head(vit.features(net, images)).cpu()
 
 
@@ -109,7 +109,8 @@ def fit(net, head, images, labels, recipe, generator):
 
     Returns the accuracy on these images during the last epoch, in percent.
     """
-    # Layers such as dropout behave in another way in training. (There are none, until you add one.)
+    # Layers such as dropout work in another way during training. There are none here, but you may
+    # add one.
     net.train()
     head.train()
     device = net.theta.device

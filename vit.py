@@ -144,7 +144,7 @@ def features(net, images):
 
     The tokens are on the device of the network.
     """
-    net.eval()
+    net.eval()                              # for layers such as dropout: see til.fit
     device = next(net.parameters()).device
     batch_size = 250 if device.type == "cpu" else 1000      # small batches leave a GPU idle
     tokens = [net(net.prepare(batch.to(device))) for batch in images.split(batch_size)]
