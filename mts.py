@@ -17,7 +17,7 @@ import evaluate
 import til
 
 LR = (0.002, 0.0001)                            # at the start, at the end (paper, A.2)
-CODE = data.digest_of_code(Path(__file__).name)
+CODE = data.digest_of_code(Path(__file__).name)         # of this file: see `predictor_path`
 
 
 # ---- the two algorithms ------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def new_head(net, n_outputs, generator):
 
 def find_or_train(path, net, images, labels, n_outputs, recipe, generator):
     """A Modulation from the file `path`. If there is none, it is trained, and kept there."""
-    # Layers such as dropout draw from PyTorch's own generator.
+    # Layers such as dropout draw from PyTorch's own generator, and a memory may do so, too.
     torch.manual_seed(generator.initial_seed())
     if path.exists():
         content = data.read(path)
@@ -283,7 +283,8 @@ def print_classes(logits, names):
 
 
 # ---- files -------------------------------------------------------------------------------------
-# The code that trains theta_1 .. theta_T.
+# The code that trains theta_1 .. theta_T. (If this file is a copy of til.py under another name, its
+# own code counts.)
 CODE = {name: data.digest_of_code(name)
         for name in ("vit.py", "lora.py", "data.py", Path(__file__).name)}
 # These options say where files are, which seeds to run, and which picture to classify.
@@ -326,6 +327,7 @@ def save_result(setting, args, seed, folder, figures, per_task, variant=""):
     result = options | {
         "setting": setting, "seed": seed, "device": device, "torch": torch.__version__,
         "digest": f"{digest}-{data.digest(code)}", "code": CODE | code,
+        # A figure may be a tensor, which JSON does not have.
         "figures": {name: float(figure) for name, figure in figures.items()},
         "per_task": per_task}
     # Some characters, such as the ":" of a memory's options, are not allowed in a file's name.
