@@ -17,10 +17,10 @@ The idea
     in the hidden layers x^1, x^2, x^3 explain best what is known?
         - A write stores theta. No x^1 predicts a new theta yet: every prediction is wrong by about
           theta itself. But each prediction comes with a variance, which says how unsure the memory
-          is at this x^1. If the variance is small, so large an error is nearly impossible. If it is
-          large, the error is no surprise. So the search ends at an x^1 where the memory is unsure.
-          This x^1 becomes the address of theta: the write changes the weights, so that from now on,
-          x^1 predicts theta, both the key and the value.
+          is at this x^1. If the variance is small, so large an error is nearly impossible. If the
+          variance is large, the error is no surprise. So the search ends at an x^1 where the memory
+          is unsure. This x^1 becomes the address of theta: the write changes the weights, so that
+          from now on, x^1 predicts theta, both the key and the value.
         - A read finds the address again, from the key. A key has thousands of elements, and x^1 has
           only 256, so hardly any other x^1 predicts this key. (Nothing guarantees that a search
           finds it.) Then the read lets this x^1 predict the value.
@@ -32,15 +32,15 @@ What is Bayesian about it
     says how this observation changes the belief. That is one step, without a learning rate.
 
     Why do later writes not destroy what earlier ones have stored? Theta is predicted from
-    z = GELU(x^1), as z R_0. In the direction of a z that was used before, the memory is sure of its
-    prediction (its variance v_0, below, is small), so a new theta is very unlikely there. In an
-    unused direction, the memory is in doubt, and any theta is possible. So the search for a new
-    theta ends in an unused direction. The update changes the predictions most where the memory was
-    in doubt, and hardly where it was sure, which is in the used directions. Each write uses up
-    about one of the 256 directions of z. So about 256 thetas fit. If there are more, the recall of
-    all of them suffers.
+    z = GELU(x^1), as z R_0. So what counts about an address is the direction of its z. In a
+    direction that was used before, the memory is sure of its prediction (its variance v_0, below,
+    is small), so a new theta is very unlikely there. In an unused direction, the memory is in
+    doubt, and any theta is possible. So the search for a new theta ends in an unused direction. The
+    update changes the predictions most where the memory was in doubt, and hardly where it was sure,
+    which is in the used directions. Each write uses up about one of the 256 directions of z. So
+    about 256 thetas fit. If there are more, the recall of all of them suffers.
 
-The symbols, to look up
+The symbols, to look up as you read on
     symbol      code            shape       meaning
     P           dim                         how many elements theta has
     H           self.H                      the width of a hidden layer, 256
@@ -48,9 +48,9 @@ The symbols, to look up
     x^1 ..      hidden, x[1] .. (H,)        the hidden layers
     R_0, R_1 .. R[l]            (H, P), (H, H) ..       the mean of W_l
     U_0, U_1 .. U[l]            (H, H)                  the covariance of each column of W_l
-    r, u        r, u            (H,), a number          mean and variance of w, at the top (below)
+    r, u        r, u            (H,), a number          mean and variance of w, the mean of x^3
     s2          s2                          the variance of the noise, sigma_obs^2
-    d_l         d_0, H                      how many elements of x^l are counted in E: P or |k| for
+    d_l         d_0, H                      how many elements of x^l count, in E: P or |k| for
                                             x^0, H for a hidden layer
 
 The model

@@ -353,7 +353,7 @@ def hold_out(train):
 
 
 def generator(*numbers):
-    """A generator of random numbers, another one for each pair of numbers, such as (seed, task).
+    """A generator of random numbers, made from one or more numbers, such as (seed, task).
 
     If it were made from the sum seed + task, task 2 of seed 0 would draw the same numbers as task 1
     of seed 1.
@@ -383,7 +383,7 @@ def save(path, content):
 
 
 def read(path):
-    """The content of such a file. Raises Mistake if it cannot be read, or is damaged."""
+    """The content of a file that `save` has written. Raises Mistake if this cannot be read."""
     try:
         if path.suffix == ".json":
             return json.loads(path.read_text("utf-8"))

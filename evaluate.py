@@ -64,7 +64,7 @@ def make_memory(text, dim):
             raise data.Mistake(
                 f"--memory {text}: {name} has no option {option}. Its options are: {known}")
         given[option] = parse_option(pair, value, defaults[option])
-    # A memory may draw random numbers: always the same.
+    # If a memory draws random numbers, it draws the same ones in every run.
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)

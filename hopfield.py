@@ -3,8 +3,8 @@
     write   the matrix K gains the column k_t, and the matrix V gains the column theta_t / k_t
     read    theta_hat = k (+) V softmax(beta K^T k)
 
-Here (+) joins two vectors, and theta_t / k_t is the paper's sign for the value: theta_t without its
-key k_t (see split_key in lora.py). A read is one step of attention, with k as the query.
+Here (+) joins two vectors, and theta_t / k_t is the paper's notation for the value: theta_t without
+its key k_t (see split_key in lora.py). A read is one step of attention, with k as the query.
 
 Why does a read return what was written? K^T k compares the key k with each of the T stored keys.
 The keys are nearly orthogonal, so only the product of k with itself is large. (The keys do not have
@@ -17,7 +17,10 @@ import torch
 
 
 class Hopfield:
-    """The memory. beta is 25, as in the paper (A.2, where it is called the softmax temperature)."""
+    """The memory. beta is 25, as in the paper (A.2).
+
+    The paper calls beta the softmax temperature. As it multiplies, it is the inverse of one.
+    """
 
     def __init__(self, dim=None, beta=25.0):
         # dim, the length of theta, is passed to every memory. This one does not use it.

@@ -34,9 +34,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):                       # (.., d) -> (.., d)
         # W x + delta x = (W + delta) x. So one product with x is enough, in place of those with W,
-        # A and B. (In a language model, a delta of this size would take too much memory.) On a GPU,
-        # W is bfloat16, and the sum is rounded to bfloat16. When we compared the accuracies, this
-        # was as good as B (A x) kept apart.
+        # A and B. On a GPU, W is bfloat16, and the sum is rounded to bfloat16. When we compared the
+        # accuracies, this was as good as B (A x) kept apart.
         return F.linear(x, self.base.weight + self.delta, self.base.bias)
 
 
@@ -100,7 +99,7 @@ class ModulatedViT(nn.Module):
 
     # ---- speed: you can skip this method -------------------------------------------------------
     def graphed(self, x):
-        """The same as self(x), for training on a GPU. On an H100, a step is nine times as fast.
+        """The same as self(x), for training on a GPU. A step is several times as fast.
 
         The kernels of a training step are so short that the GPU waits for Python to start each of
         them. A CUDA graph is a recording of all of them, which are then started together. It refers

@@ -52,9 +52,9 @@ def til_training(tasks, train, memory, learn):
     """Algorithm 1: fills the empty memory, and returns the task keys K_T and the modulations.
 
     tasks has the class numbers of each task, train is the training part of the data set, and
-    `learn` does lines 5 and 6: see make_learn, below. The paper returns the keys alone. We also
-    return the heads, which are kept beside the memory, and the thetas, to compare them with what is
-    recalled.
+    `learn` does lines 5 and 6: see make_learn, below. The paper returns the memory and the keys.
+    Here, the memory is filled in place. We also return the heads, which are kept beside it, and the
+    thetas, to compare them with what is recalled.
     """
     keys = []                                                   # 2
     modulations = []
@@ -63,7 +63,7 @@ def til_training(tasks, train, memory, learn):
         modulation = learn(t, images, labels)                   # 5, 6
         key, value = lora.split_key(modulation.theta)           # 7: k_t (A.1 writes v_t for it)
         keys.append(key)                                        # 8
-        memory.write(key, value)                                # 9, as in section 3.1
+        memory.write(key, value)                                # 9: the value, as in 3.1
         modulations.append(modulation)
     return keys, modulations                                    # 11
 
@@ -155,7 +155,8 @@ def new_head(net, n_outputs, generator):
 
 def find_or_train(path, net, images, labels, n_outputs, recipe, generator):
     """A Modulation from the file `path`. If there is none, it is trained, and kept there."""
-    # Layers such as dropout draw from PyTorch's own generator, and a memory may do so, too.
+    # Layers such as dropout draw from PyTorch's own generator, and a memory may do so, too. Their
+    # numbers should not depend on which of the tasks before were trained, and which were found.
     torch.manual_seed(generator.initial_seed())
     if path.exists():
         content = data.read(path)
@@ -242,7 +243,7 @@ def experiment(args, seed, train, test):
             "none": classify(net, head, images, none)}
         for way, z in logits.items():
             per_task.setdefault(way, []).append(evaluate.percent(z.argmax(1) == labels))
-    # Algorithm 2 returns only logits. So theta is recalled once more, to be compared itself.
+    # Algorithm 2 returns only logits. So recall theta once more, and compare it with the original.
     errors = [evaluate.recall_error(memory.read(key), theta)
               for key, theta in data.progress(list(zip(keys, thetas)), "recalling theta")]
 
@@ -308,7 +309,7 @@ def folder_of_run(args, seed):
     run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
     folder = args.out / run
     folder.mkdir(parents=True, exist_ok=True)
-    if not args.predict:                        # which writes nothing, if all is trained
+    if not args.predict:                        # --predict writes nothing, if all is trained
         # A folder in which we cannot write raises OSError now, and not after the training.
         tempfile.TemporaryFile(dir=folder).close()
     return folder
@@ -418,7 +419,8 @@ def set_up_torch(args):
     # The same command on the same GPU gives the same bits. PyTorch needs this variable for it.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False     # we never read such memory
+    # PyTorch would also fill new tensors with NaN, in case a program reads before it writes.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     # Lets a GPU compute float32 products with TF32, which is faster, and precise enough.
     torch.set_float32_matmul_precision("high")
     # PyTorch warns when it records a CUDA graph (lora.py), but what it warns of does no harm here.

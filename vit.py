@@ -5,9 +5,9 @@ The paper calls it the substrate model, and its pretrained weights W.
     vit = load("vit_ti_16")                 # with published weights
     tokens = features(vit, images)          # uint8 (n, 3, h, w) -> class tokens (n, d)
 
-In most programs, query, key and value are one layer. Here they are three, so that lora.py can
-modulate query and value alone. The network comes first. If you read this file beside the paper, you
-can stop at "published weights".
+In many programs, such as timm, query, key and value are one layer. Here they are three, so that
+lora.py can modulate query and value alone. The network comes first. If you read this file beside
+the paper, you can stop at "published weights".
 """
 import re
 import zipfile
@@ -33,7 +33,7 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
 
-    # The last block is only asked for n = 1 token, the class token. The others compute all.
+    # n: how many tokens to compute. Only the last block of a ViT is asked for one, the class token.
     def forward(self, x, n=None):           # (B, N, d) -> (B, n, d), the first n tokens; None: all
         h = self.heads
         q = self.query(x[:, :n]).unflatten(2, (h, -1)).transpose(1, 2)      # (B, h, n, d / h)
@@ -105,7 +105,8 @@ class ViT(nn.Module):
 
         flip: bool (B,), which images to mirror.
         crop: float (B, 3), a square window (side, x, y) for each image. side is the side of the
-            window as a share of the image's. (x, y) is its centre; the image spans [-1, 1].
+            window, divided by that of the image. (x, y) is the centre of the window, where the
+            image spans [-1, 1].
         """
         x = images.float() / 255
         if flip is not None:
@@ -296,7 +297,7 @@ def resize_positions(pos_embed, m):
     if k == m or k ** 2 != of_patches.shape[1]:         # no square: `load` will say so
         return pos_embed
     grid = of_patches.unflatten(1, (k, k)).permute(0, 3, 1, 2)      # (1, d, k, k)
-    # We do what DINOv2's own code does. Without its 0.1, rounding may give m - 1 patches.
+    # We do what DINOv2's own code does. Without the 0.1, rounding may give m - 1 patches.
     grid = F.interpolate(grid, scale_factor=(m + 0.1) / k, mode="bicubic")
     of_patches = grid.flatten(2).transpose(1, 2)                    # (1, m^2, d)
     return torch.cat([of_token, of_patches], dim=1)
