@@ -85,7 +85,7 @@ Two ways to read
     short, and so is what it recalls. (On glyphs, it has 71 % of the length of theta.) Why? A
     shorter z makes v_0 smaller, and so d_0 log(2 pi v_0) falls. A shorter z also makes the error in
     the key larger. But log(v_0) counts for all elements of theta, and the error only for those of
-    the key, a tenth of them. (Exercise 18 derives how short z becomes.)
+    the key, a tenth of them. (Exercise 13 derives how short z becomes.)
 
 What is not exact
     What marginal recalls has 95 % of the length of theta, because a write corrects only a share of
