@@ -64,7 +64,7 @@ QUESTIONS = [
      PRESENT, lambda r: til(r) and options(r) == "--backbone dinov2_vits14"),
     ("Does the rank of LoRA matter?",
      "Not for what recall costs. (The `error` of BayesPCN falls a little as the rank grows.) With the "
-     "ViT-Ti/16, FAA_GT changes by less than 0.2 points from rank 4 to 32. With the ViT-S/14, it grows "
+     "ViT-Ti/16, FAA_GT changes by at most 0.2 points from rank 4 to 32. With the ViT-S/14, it grows "
      "by up to 1.0. (Rank 8 is the default: its rows are those without `--rank`. "
      "`read=joint` was not measured.)",
      PRESENT, lambda r: til(r) and r["dataset"] != "glyphs" and ":" not in r["memory"]
