@@ -155,8 +155,8 @@ def new_head(net, n_outputs, generator):
 
 def find_or_train(path, net, images, labels, n_outputs, recipe, generator):
     """A Modulation from the file `path`. If there is none, it is trained, and kept there."""
-    # Layers such as dropout draw from PyTorch's own generator, and a memory may do so, too. Their
-    # numbers should not depend on which of the tasks before were trained, and which were found.
+    # Layers such as dropout draw from PyTorch's own generator. What they draw should not depend on
+    # which of the tasks before were trained, and which were found.
     torch.manual_seed(generator.initial_seed())
     if path.exists():
         content = data.read(path)
@@ -290,7 +290,8 @@ CODE = {name: data.digest_of_code(name)
         for name in ("vit.py", "lora.py", "data.py", Path(__file__).name)}
 # These options say where files are, which seeds to run, and which picture to classify.
 WHERE_AND_WHICH = {"weights", "data_dir", "out", "seeds", "predict", "task"}
-# These do not change theta_1 .. theta_T. (`row` is not an option: see `parse`.)
+# These do not change theta_1 .. theta_T. (What changes theta_0 must be in `predictor_path` of
+# mts.py. `row` is not an option: see `parse`.)
 NOT_FOR_THETA = WHERE_AND_WHICH | {"memory", "predictor", "label_smoothing", "row"}
 # These are not added to the name of a row: the memory is its first word, and the data set and the
 # splits stand above the table. Rows of different devices are told apart by a hash (see
