@@ -63,7 +63,7 @@ def til_training(tasks, train, memory, learn):
         modulation = learn(t, images, labels)                   # 5, 6
         key, value = lora.split_key(modulation.theta)           # 7: k_t (A.1 writes v_t for it)
         keys.append(key)                                        # 8
-        memory.write(key, value)                                # 9: the value, as in 3.1
+        memory.write(key, value)                                # 9: only the value, as in 3.1
         modulations.append(modulation)
     return keys, modulations                                    # 11
 
