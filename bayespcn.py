@@ -50,7 +50,7 @@ The symbols, to look up as you read on
     U_0, U_1 .. U[l]            (H, H)                  the covariance of each column of W_l
     r, u        r, u            (H,), a number          mean and variance of w, the mean of x^3
     s2          s2                          the variance of the noise, sigma_obs^2
-    d_l         d_0, H                      how many elements of x^l count, in E: P or |k| for
+    d_l         d_0, H                      the number of elements of x^l in E: P or |k| for
                                             x^0, H for a hidden layer
 
 The model

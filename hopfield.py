@@ -19,7 +19,8 @@ import torch
 class Hopfield:
     """The memory. beta is 25, as in the paper (A.2).
 
-    The paper calls beta the softmax temperature. But beta multiplies, so it is the inverse of one.
+    The paper calls beta the softmax temperature, although beta multiplies, and a temperature
+    divides.
     """
 
     def __init__(self, dim=None, beta=25.0):

@@ -420,7 +420,7 @@ def set_up_torch(args):
     # The same command on the same GPU gives the same bits. PyTorch needs this variable for it.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    # PyTorch would also fill new tensors with NaN, in case a program reads before it writes.
+    # Otherwise, PyTorch would now fill each new, empty tensor with NaN, which costs time.
     torch.utils.deterministic.fill_uninitialized_memory = False
     # Lets a GPU compute float32 products with TF32, which is faster, and precise enough.
     torch.set_float32_matmul_precision("high")
