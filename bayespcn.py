@@ -204,7 +204,7 @@ class BayesPCN:
         `noise`).
         """
         hidden = self.noise(stream, self.layers - 1, self.H).requires_grad_()
-        squared_error_0 = self.squared_error(x0)
+        squared_error_0 = self.make_squared_error(x0)
         adam = torch.optim.Adam([hidden], self.lr)
         # With a constant learning rate, E would jump around its minimum, and hardly ever settle.
         schedule = torch.optim.lr_scheduler.LambdaLR(adam, self.decay)
@@ -244,11 +244,11 @@ class BayesPCN:
             if l == 0:
                 E = E + minus_log_normal(squared_error_0(z), v, d_0)
             else:
-                error = (x[l] - z @ self.R[l]).square().sum()
-                E = E + minus_log_normal(error, v, self.H)
+                squared_error = (x[l] - z @ self.R[l]).square().sum()
+                E = E + minus_log_normal(squared_error, v, self.H)
         return E
 
-    def squared_error(self, x0):
+    def make_squared_error(self, x0):
         """Makes the function z -> |x0 - z R|^2, where R are the columns of R_0 that predict x0.
 
         Speed: multiplied out, this is x0 x0^T - 2 z R x0^T + z R R^T z^T. What does not depend on z
@@ -275,6 +275,6 @@ class BayesPCN:
         return sum(x.nbytes for x in (*self.R, *self.U, self.r))
 
 
-def minus_log_normal(error, v, d):
-    """-log N(x; m, v I), for x and m with d elements, where error = |x - m|^2."""
-    return (error / v + d * torch.log(2 * math.pi * v)) / 2
+def minus_log_normal(squared_error, v, d):
+    """-log N(x; m, v I), for x and m with d elements, where squared_error = |x - m|^2."""
+    return (squared_error / v + d * torch.log(2 * math.pi * v)) / 2

@@ -7,9 +7,9 @@ that you can try everything without a download. `folder` reads pictures of your 
     tasks = split(100, 20, seed=0)                      # 20 lists of 5 class numbers
     images, labels = task(train, tasks[0])              # D_t, the images of the first task
 
-At first, you need only `Images`, `Mistake` and the part `tasks`. What is between them reads and
-draws the data sets. From `files` on, there are the functions that read and write files, and that
-talk to the terminal. They are in this file because nearly all other files import it.
+What you need for the paper comes first: how a data set is split into tasks. Then the data sets are
+read and drawn. From `files` on, there are the functions that read and write files, and that talk to
+the terminal. They are in this file because nearly all other files import it.
 """
 import argparse
 import ast
@@ -48,6 +48,64 @@ def load(name, data_dir):
             raise Mistake(f"{name}: the images should be a tensor of uint8, from 0 to 255, and the "
                           "labels a tensor of int64")
     return train, test
+
+
+# ---- tasks -------------------------------------------------------------------------------------
+def split(n_classes, n_tasks, seed):
+    """The classes of each task: n_tasks lists of equal length, in an order drawn from the seed."""
+    # With one task, there is nothing to tell apart, and in a task of one class, nothing to learn.
+    possible = [n for n in range(2, n_classes // 2 + 1) if n_classes % n == 0]
+    if n_tasks not in possible:
+        numbers = ", ".join(map(str, possible)) or "nothing"
+        raise Mistake(f"--splits {n_tasks} is not possible with {n_classes} classes. There must be "
+                      "two or more tasks, of equal size, with two or more classes in each. (So you "
+                      "need at least four classes, and their number must not be prime.) Here, "
+                      f"--splits can be {numbers}")
+    order = np.random.default_rng(seed).permutation(n_classes)
+    return order.reshape(n_tasks, -1).tolist()
+
+
+def task(part, classes):
+    """D_t: the images of these classes (n, 3, h, w), and their labels (n,) within the task."""
+    inside = torch.isin(part.labels, torch.tensor(classes))
+    labels = [classes.index(label) for label in part.labels[inside].tolist()]
+    return part.images[inside], torch.tensor(labels)
+
+
+def task_labels(part, tasks):
+    """For each image, its task (N,) and its label within the task (N,), both counted from 0."""
+    task_of = torch.zeros(len(part.classes), dtype=torch.int64)     # of each class
+    label_of = torch.zeros_like(task_of)
+    for t, classes in enumerate(tasks):
+        task_of[classes] = t
+        label_of[classes] = torch.arange(len(classes))
+    return task_of[part.labels], label_of[part.labels]
+
+
+def hold_out(train):
+    """(train, test) from training images alone: every tenth image of a class is for testing.
+
+    Use these to choose learning rates and the like. If you choose them on the test images, the
+    results look better than they are.
+    """
+    held = torch.zeros(len(train.labels), dtype=torch.bool)
+    for label, name in enumerate(train.classes):
+        places = (train.labels == label).nonzero().flatten()
+        if len(places) < 2:
+            raise Mistake(f"--validate needs two or more training images of {name}")
+        held[places[::10]] = True
+    return [train._replace(images=train.images[chosen], labels=train.labels[chosen])
+            for chosen in (~held, held)]
+
+
+def generator(*numbers):
+    """A generator of random numbers, made from one or more numbers, such as (seed, task).
+
+    If it were made from the sum seed + task, task 2 of seed 0 would draw the same numbers as task 1
+    of seed 1.
+    """
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
 
 
 # ---- the paper's data sets ---------------------------------------------------------------------
@@ -301,73 +359,14 @@ LOADERS = {
 }
 
 
-# ---- tasks -------------------------------------------------------------------------------------
-def split(n_classes, n_tasks, seed):
-    """The classes of each task: n_tasks lists of equal length, in an order drawn from the seed."""
-    # With one task, there is nothing to tell apart, and in a task of one class, nothing to learn.
-    possible = [n for n in range(2, n_classes // 2 + 1) if n_classes % n == 0]
-    if n_tasks not in possible:
-        numbers = ", ".join(map(str, possible)) or "nothing"
-        raise Mistake(f"--splits {n_tasks} is not possible with {n_classes} classes. There must be "
-                      "two or more tasks, of equal size, with two or more classes in each. (So you "
-                      "need at least four classes, and their number must not be prime.) Here, "
-                      f"--splits can be {numbers}")
-    order = np.random.default_rng(seed).permutation(n_classes)
-    return order.reshape(n_tasks, -1).tolist()
-
-
-def task_labels(part, tasks):
-    """For each image, its task (N,) and its label within the task (N,), both counted from 0.
-
-    Both are -1 if the image is in none of the tasks.
-    """
-    task_of = torch.full((len(part.classes),), -1)
-    label_of = torch.full((len(part.classes),), -1)
-    for t, classes in enumerate(tasks):
-        task_of[classes] = t
-        label_of[classes] = torch.arange(len(classes))
-    return task_of[part.labels], label_of[part.labels]
-
-
-def task(part, classes):
-    """D_t: the images of these classes (n, 3, h, w), and their labels (n,) within the task."""
-    _, labels = task_labels(part, [classes])
-    inside = labels >= 0
-    return part.images[inside], labels[inside]
-
-
-def hold_out(train):
-    """(train, test) from training images alone: every tenth image of a class is for testing.
-
-    Use these to choose learning rates and the like. If you choose them on the test images, the
-    results look better than they are.
-    """
-    held = torch.zeros(len(train.labels), dtype=torch.bool)
-    for label, name in enumerate(train.classes):
-        places = (train.labels == label).nonzero().flatten()
-        if len(places) < 2:
-            raise Mistake(f"--validate needs two or more training images of {name}")
-        held[places[::10]] = True
-    return [train._replace(images=train.images[chosen], labels=train.labels[chosen])
-            for chosen in (~held, held)]
-
-
-def generator(*numbers):
-    """A generator of random numbers, made from one or more numbers, such as (seed, task).
-
-    If it were made from the sum seed + task, task 2 of seed 0 would draw the same numbers as task 1
-    of seed 1.
-    """
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
-
-
 # ---- files -------------------------------------------------------------------------------------
 def save(path, content):
-    """Writes JSON if the path ends in .json, and otherwise what torch.save writes."""
-    # First beside `path`, then renamed: so nobody ever finds half a file. Another command may write
-    # the same file, so the name ends in a random number.
+    """Writes JSON if the path ends in .json, and otherwise what torch.save writes.
+
+    The file is first written beside `path`, and then renamed. So nobody ever finds half a file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The random number is there because another command may write the same file at this moment.
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
         if path.suffix == ".json":
@@ -427,7 +426,8 @@ def digest_of_code(name):
 def parser(description):
     """An argument parser whose help begins with the description, and whose errors take one line."""
     return argparse.ArgumentParser(
-        description=description, usage=argparse.SUPPRESS,
+        description=description,
+        usage=argparse.SUPPRESS,                # otherwise, it is printed before each error
         formatter_class=argparse.RawDescriptionHelpFormatter)
 
 

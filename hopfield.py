@@ -7,11 +7,10 @@ Here (+) joins two vectors, and theta_t / k_t is the paper's notation for the va
 its key k_t (see split_key in lora.py). A read is one step of attention, with k as the query.
 
 Why does a read return what was written? K^T k compares the key k with each of the T stored keys.
-The keys are nearly orthogonal, so only the product of k with itself is large. (The keys do not have
-length 1: with til.py's glyphs, k^T k is 7 to 10, and the product of two different keys is below
-1.9.) Multiplied by beta = 25, these products differ by more than 100, and the softmax gives the
-right value a weight of 1. If beta were much smaller, the weights would be more alike, and a read
-would return a mixture.
+The keys point in very different directions, so only the product of k with itself is large. With
+til.py's glyphs, it is 7 to 10, and the product of two different keys is below 1.9. Multiplied by
+beta = 25, these products differ by more than 100, and the softmax gives the right value a weight of
+1. If beta were much smaller, the weights would be more alike, and a read would return a mixture.
 """
 import torch
 

@@ -34,16 +34,15 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):                       # (.., d) -> (.., d)
         # W x + delta x = (W + delta) x. So one product with x is enough, in place of those with W,
-        # A and B. On a GPU, W is bfloat16, and the sum is rounded to bfloat16. When we compared the
-        # accuracies, this was as good as B (A x) kept apart.
+        # A and B. (On a GPU, the sum is rounded to bfloat16, and the accuracies are as good.)
         return F.linear(x, self.base.weight + self.delta, self.base.bias)
 
 
 class ModulatedViT(nn.Module):
     """A frozen ViT whose query and value projections are modulated by `theta` (P,).
 
-    It replaces these layers in `vit`. With a head on top (see til.py), it is the paper's
-    C(x; W, theta). W are the weights of the ViT.
+    It changes `vit` itself: these layers become LoRALinear. With a head on top (see til.py), it is
+    the paper's C(x; W, theta). W are the weights of the ViT.
     theta has P = L * 2 * 2 * r * d elements: L blocks, query and value, A and B. It is float32, and
     W can be bfloat16.
     """
@@ -122,11 +121,11 @@ def split_key(theta):
     The paper (section 3.1) writes the value theta_t / k_t, which is not a division. (This key and
     this value belong to a memory. They are not those of attention.)
 
-    Why can a piece of theta be a key? More than half of the elements of a key belong to an A, and
-    every task begins with another random A. (With 12 blocks, theta has 48 matrices: A, B, A, B, and
-    so on. A tenth of them are A, B, A, B and 0.8 of an A.)
-    Training changes A, but the keys of two tasks are still nearly orthogonal (see the numbers in
-    hopfield.py), so that a memory can tell them apart.
+    Why can a piece of theta be a key? Every task begins with another random A, and more than half
+    of the elements of a key belong to an A. Training changes A, but the keys of two tasks still
+    point in very different directions (see the numbers in hopfield.py). So a memory can tell them
+    apart. (Why more than half? With 12 blocks, theta has 48 matrices: A, B, A, B, and so on. A
+    tenth of them are A, B, A, B and 0.8 of an A.)
     """
     n = len(theta) // 10
     return theta[:n].clone(), theta[n:].clone()

@@ -33,8 +33,8 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
 
-    # n: how many tokens to compute. Only the last block of a ViT is asked for one, the class token.
     def forward(self, x, n=None):           # (B, N, d) -> (B, n, d), the first n tokens; None: all
+        # The last block of a ViT needs only one token, the class token. All other blocks need all.
         h = self.heads
         q = self.query(x[:, :n]).unflatten(2, (h, -1)).transpose(1, 2)      # (B, h, n, d / h)
         k = self.key(x).unflatten(2, (h, -1)).transpose(1, 2)               # (B, h, N, d / h)
@@ -115,7 +115,7 @@ class ViT(nn.Module):
             x = resize(x, self.image_size)
         else:
             x = cut_out(x, crop, self.image_size)
-        return ((x - self.mean) / self.std).to(self.cls_token.dtype)
+        return ((x - self.mean) / self.std).to(self.cls_token.dtype)    # the dtype of W
 
 
 def resize(x, size):
@@ -126,7 +126,8 @@ def resize(x, size):
 
 def cut_out(x, crop, size):
     """Cuts the windows `crop` (B, 3) out of x (B, 3, h, w), and makes them (B, 3, size, size)."""
-    # grid_sample has no antialiasing. So larger images are resized first, with antialiasing.
+    # grid_sample has no antialiasing, so it should not make images smaller. So a larger image is
+    # resized first, with antialiasing, and the window is cut out of that.
     if x.shape[-1] > size:
         x = resize(x, size)
     # The centres of the pixels (size, size, 2), as points (x, y) of [-1, 1] x [-1, 1].
@@ -145,9 +146,9 @@ def features(net, images):
 
     The tokens are on the device of the network.
     """
-    net.eval()                              # for layers such as dropout: see til.fit
+    net.eval()                              # for layers such as dropout, if you add one
     device = next(net.parameters()).device
-    batch_size = 250 if device.type == "cpu" else 1000      # small batches leave a GPU idle
+    batch_size = 250 if device.type == "cpu" else 1000      # a GPU needs large ones to be busy
     tokens = [net(net.prepare(batch.to(device))) for batch in images.split(batch_size)]
     return torch.cat(tokens).float()
 
@@ -173,7 +174,7 @@ CONFIGS = {
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         url="https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
             "/resolve/main/pytorch_model.bin"),
-    "dinov2_vits14": Config(                # Oquab et al., arXiv 2304.07193: 518 pixels there
+    "dinov2_vits14": Config(                # Oquab et al., arXiv 2304.07193, with 518 pixels
         image_size=112, patch=14, width=384, depth=12, heads=6,
         url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"),
     "vit_b_16": Config(                     # torchvision's ViT_B_16_Weights.IMAGENET1K_V1
