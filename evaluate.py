@@ -1,4 +1,4 @@
-"""Metrics (paper, section 4), the control `linear`, tables, and a benchmark of the memories.
+"""Metrics (paper, section 4), memories by their names, the control `linear`, tables, a benchmark.
 
     python evaluate.py runs                 # tables: mean and standard deviation over the seeds
     python evaluate.py bench                # time, size and recall error of the memories
@@ -108,7 +108,8 @@ def checked(theta, P):
     if not torch.is_tensor(theta) or shape != (P,) or not theta.isfinite().all():
         raise data.Mistake(
             f"theta should be a tensor of {P} finite numbers, but it is {str(theta)[:80]}, and its "
-            f"shape is {shape}. A memory's read should return the key, and then the value")
+            f"shape is {shape}. If a memory has recalled it: its read should return the key, and "
+            "then the value")
     return theta
 
 
@@ -215,9 +216,9 @@ def table(command, results):
     headings = list(dict.fromkeys(heading for result in results for heading in result["figures"]))
     lines = [line("M", "seeds", *headings), "|---" * (2 + len(headings)) + "|"]
     paper = dict(PAPER.get(command, {}))
-    # First the rows in which only the memory was chosen, perhaps with options of its own. Then
-    # those with further options, such as --rank 4, sorted by these.
-    for name, digest in sorted(rows, key=lambda row: (row[0].partition(" ")[2], row)):
+    # First the rows in which only the memory was chosen, and then those with further options, such
+    # as --rank 4. Otherwise, the order is that in which the results were found.
+    for name, digest in sorted(rows, key=lambda row: row[0].count(" --")):
         runs = rows[name, digest]
         # The digest is shown if there is another row with which this one should not be compared.
         shown = f"`{name}`"
@@ -260,8 +261,8 @@ def clash(a, b):
     Between them, a file of the program was changed, or the images, or the weights of the ViT. Or
     else both rows have the same name, but another digest: they come from different devices.
     """
-    hashes_a = a["code"] | a.get("content", {})     # those in results/third-edition have no content
-    hashes_b = b["code"] | b.get("content", {})
+    hashes_a = a["code"] | a["content"]
+    hashes_b = b["code"] | b["content"]
     if any(hashes_a[name] != hashes_b[name] for name in hashes_a.keys() & hashes_b.keys()):
         return True
     return a["row"] == b["row"] and a["digest"] != b["digest"]
@@ -314,7 +315,7 @@ def results_in(file):
     content = data.read(file)
     entries = content if isinstance(content, list) else [content]
     return [entry | {"path": file} for entry in entries
-            if isinstance(entry, dict) and {"row", "figures", "setting", "code"} <= entry.keys()]
+            if isinstance(entry, dict) and {"setting", "row", "figures", "content"} <= entry.keys()]
 
 
 # ---- a benchmark of the memories, on random numbers --------------------------------------------

@@ -2,15 +2,14 @@
 
     python -m results.tables
 
-The results are those in this folder. Those of the section "(third edition)" are in the folder of
-this name.
+The results are those in this folder. Those of the section "(third edition)" are in third-edition/.
 """
 from pathlib import Path
 
 import evaluate
 
 HERE = Path(__file__).parent
-PRESENT = ("cifar100-20s.json", "cifar100-50s.json", "tinyimagenet-50s.json",
+THIS_EDITION = ("cifar100-20s.json", "cifar100-50s.json", "tinyimagenet-50s.json",
            "tinyimagenet-100s.json", "glyphs-20s.json")
 RANKS = "", "--rank 4", "--rank 32"
 BEST = "--backbone dinov2_vits14 --image-size 224 --rank 32 --predictor classes --label-smoothing 0.1"
@@ -22,11 +21,11 @@ def options(result):
     return words
 
 
-def til(result):
+def is_til(result):
     return result["setting"] == "til"
 
 
-def mts(result):
+def is_mts(result):
     return result["setting"] == "mts"
 
 
@@ -36,43 +35,43 @@ QUESTIONS = [
      "Look at `D(M)` and `error`. With Hopfield, nothing is lost. BayesPCN with `read=joint`, which "
      "has the same objective as Yoo & Wood's read, loses 0.1 to 0.4 points, and 1.96 on glyphs. With our "
      "own read, it loses almost nothing.",
-     PRESENT, lambda r: til(r) and not options(r) and "sigma_obs" not in r["memory"]),
+     THIS_EDITION, lambda r: is_til(r) and not options(r) and "sigma_obs" not in r["memory"]),
     ("Can the task be found?",
      "Look at `Task Acc`. On CIFAR-100 and TinyImageNet, we find the task less often than the paper "
      "does. (With BayesPCN, only seed 0 was measured there.)",
-     PRESENT, lambda r: mts(r) and not options(r)),
+     THIS_EDITION, lambda r: is_mts(r) and not options(r)),
     ("What if the predictor learns the classes?",
      "It finds more tasks than our predictor that learns the tasks, but fewer than the paper "
      "reports.",
-     PRESENT, lambda r: mts(r) and r["row"] in ("hopfield", "hopfield --predictor classes")),
+     THIS_EDITION, lambda r: is_mts(r) and r["row"] in ("hopfield", "hopfield --predictor classes")),
     ("How much does BayesPCN depend on the noise that it assumes?",
      "`sigma_obs` is this noise. Of the values that we tried, the smaller ones gave smaller errors. "
      "With 0.03, the error of `read=joint` is about 0.85, and it is hardly better than no modulation. "
      "(The default is 0.01. Other values were only measured with seed 0, except on glyphs, and 0.03 "
      "only on C100-20S and glyphs.)",
-     PRESENT, lambda r: til(r) and not options(r) and "bayespcn" in r["memory"]),
+     THIS_EDITION, lambda r: is_til(r) and not options(r) and "bayespcn" in r["memory"]),
     ("What do smaller images cost?",
      "The smaller the image, the less the frozen ViT alone can do (`linear`), and the more the "
      "modulations help. (Seed 0.)",
-     PRESENT, lambda r: til(r) and r["seed"] == 0
+     THIS_EDITION, lambda r: is_til(r) and r["seed"] == 0
      and r["row"] in ("hopfield", *(f"hopfield --image-size {n}" for n in (64, 96, 128)))
      and (r["dataset"], r["splits"]) == ("cifar100", 20)),
     ("What about another ViT, and images of 112 pixels?",
      "With this ViT-S/14, a head loses 17 to 34 points without its modulation (`none`, `wrong`). "
      "BayesPCN with `read=joint` loses 3.6 to 4.6 points, more than with the ViT-Ti/16. New heads "
      "(`linear`) are 0.2 to 2.9 points worse.",
-     PRESENT, lambda r: til(r) and options(r) == "--backbone dinov2_vits14"),
+     THIS_EDITION, lambda r: is_til(r) and options(r) == "--backbone dinov2_vits14"),
     ("Does the rank of LoRA matter?",
      "Not for what recall costs. (The `error` of BayesPCN falls a little as the rank grows.) With the "
      "ViT-Ti/16, FAA_GT changes by at most 0.2 points from rank 4 to 32. With the ViT-S/14, it grows "
      "by up to 1.0. (Rank 8 is the default: its rows are those without `--rank`. "
      "`read=joint` was not measured.)",
-     PRESENT, lambda r: til(r) and r["dataset"] != "glyphs" and ":" not in r["memory"]
+     THIS_EDITION, lambda r: is_til(r) and r["dataset"] != "glyphs" and ":" not in r["memory"]
      and options(r).removeprefix("--backbone dinov2_vits14").strip() in RANKS),
     ("How good can a task predictor be?",
      "This is the best predictor that we found. On TINet-100S, it finds as many tasks as the paper's, "
      "and elsewhere 0.8 to 1.6 points fewer.",
-     PRESENT, lambda r: mts(r) and options(r) == BEST),
+     THIS_EDITION, lambda r: is_mts(r) and options(r) == BEST),
     ("How was this predictor chosen? (third edition)",
      "All of these were tested on held-out training images, and not on test images.",
      ["third-edition/validate.json"], lambda r: True),
@@ -86,7 +85,7 @@ QUESTIONS = [
 def main():
     """Prints what the columns mean, and all sections."""
     print("## What the columns mean\n")
-    print(evaluate.legend(evaluate.find_results([HERE / name for name in PRESENT])))
+    print(evaluate.legend(evaluate.find_results([HERE / name for name in THIS_EDITION])))
     for title, what, files, chosen in QUESTIONS:
         results = evaluate.find_results([HERE / name for name in files])
         tables = evaluate.tables_only([result for result in results if chosen(result)])
