@@ -2,7 +2,7 @@
 
     python mts.py                                       # trains what til.py has not trained yet
     python mts.py --predictor classes                   # our variant finds the task more often
-    python mts.py --predict picture.png                 # Algorithm 4 on one picture
+    python mts.py --predict results/glyphs-sample.png   # Algorithm 4 on one picture
 
 A task predictor finds out to which task an image belongs. It is another LoRA modulation, theta_0,
 with a head of its own. After that, everything is as in til.py: the modulation of the task is
@@ -17,7 +17,7 @@ import evaluate
 import til
 
 LR = (0.002, 0.0001)                            # at the start, at the end (paper, A.2)
-CODE = data.digest_of_code(Path(__file__).name)         # of this file: see `predictor_path`
+CODE = data.digest_of_code(Path(__file__).name)         # of this file: see `experiment`
 
 
 # ---- the two algorithms ------------------------------------------------------------------------
@@ -32,29 +32,31 @@ def mts_training(tasks, train, memory, learn, learn_predictor):
 def mts_inference(net, predictor, heads, images, keys, memory):
     """Algorithm 4: the predicted tasks t_hat (n,), and logits (n, classes of a task).
 
-    The paper's algorithm is for one image. Here are n of them, and each modulation is recalled only
-    once. (It is copied, because a memory may use the same tensor for all its answers.) Raises
-    Mistake if what the memory recalls is no theta.
+    The paper's algorithm is for one image, and here are n of them. Those with the same predicted
+    task go through Algorithm 2 together.
     """
-    t_hat = predict_task(net, predictor, images, len(keys))                 # 3
-    theta_hat = {t: evaluate.checked(memory.read(keys[t]), len(net.theta)).clone()      # 5
-                 for t in t_hat.unique().tolist()}
-    logits = classify_each(net, heads, images, t_hat, theta_hat)            # 7
-    return t_hat, logits                                                    # 8
+    t_hat = predict_task(net, predictor, images, len(keys))     # 3
+
+    def infer(t, images_of_t):                                  # 5, 7: Algorithm 2
+        return til.til_inference(net, heads[t], images_of_t, keys[t], memory)
+    return t_hat, by_task(infer, t_hat, images)                 # 8
+
+
+def by_task(infer, task_ids, images):
+    """Logits (n, classes of a task), from infer(t, the images whose task_ids are t) for each t."""
+    logits = [None] * len(images)
+    for t in data.progress(task_ids.unique().tolist(), "testing task"):
+        places = (task_ids == t).nonzero().flatten()
+        for place, z in zip(places.tolist(), infer(t, images[places])):
+            logits[place] = z
+    return torch.stack(logits)
 
 
 def classify_each(net, heads, images, task_ids, thetas):
-    """Logits (n, classes of a task): image i is classified with theta and head of task_ids[i].
-
-    thetas[t] and heads[t] are those of task t. Images of the same task are classified together.
-    """
-    logits = []
-    places = []                                                 # which images these are
-    for t in task_ids.unique().tolist():
-        of_task_t = (task_ids == t).nonzero().flatten()
-        logits.append(til.classify(net, heads[t], images[of_task_t], thetas[t]))
-        places.append(of_task_t)
-    return torch.cat(logits)[torch.cat(places).argsort()]       # in the order of the images again
+    """Logits (n, classes of a task): image i is classified with theta and head of task_ids[i]."""
+    def infer(t, images_of_t):
+        return til.classify(net, heads[t], images_of_t, thetas[t])
+    return by_task(infer, task_ids, images)
 
 
 # ---- the task predictor ------------------------------------------------------------------------
@@ -66,7 +68,10 @@ def predict_task(net, predictor, images, n_tasks):
     classes. (If there is an output for each task, the sum has only one term.)
     """
     theta_0, head_0 = predictor
-    p = til.classify(net, head_0, images, theta_0).softmax(1)   # (n, T) or (n, all classes)
+    # A thousand images at a time, so that the progress can be shown.
+    logits = [til.classify(net, head_0, some, theta_0)
+              for some in data.progress(images.split(1000), "predicting tasks, part")]
+    p = torch.cat(logits).softmax(1)                            # (n, T) or (n, all classes)
     p = p.unflatten(1, (n_tasks, -1)).sum(2)                    # (n, T)
     return p.argmax(1)
 
@@ -101,11 +106,12 @@ def flips_and_crops(n, generator):
 
 def make_learn_predictor(args, seed, net, path):
     """Makes the function `learn_predictor` of Algorithm 3: (train, tasks) -> Modulation."""
-    recipe = til.Recipe(epochs=10,              # paper, A.2
-                        batch_size=128, lr=LR, augment=flips_and_crops,
-                        label_smoothing=args.label_smoothing)
+    epochs = 10                                 # paper, A.2
+    batch_size = 128
     if args.dataset == "glyphs":                # ours: there are only 2,200 images
-        recipe = recipe._replace(epochs=5, batch_size=16)
+        epochs = 5
+        batch_size = 16
+    recipe = til.Recipe(epochs, batch_size, LR, flips_and_crops, args.label_smoothing)
     if path.exists():
         print(f"{path.name} found, not trained again", flush=True)
     else:
@@ -130,8 +136,10 @@ def experiment(args, seed, train, test):
     net = til.make_network(args)
     folder = til.folder_of_run(args, seed)
     memory = evaluate.make_memory(args.memory, len(net.theta))
-    path = predictor_path(args, folder)
-    learn_predictor = make_learn_predictor(args, seed, net, path)
+    # The hash is of what matters for theta_0 alone. (What matters for all thetas is in the name of
+    # the folder.)
+    variant = f"-{args.predictor}-{data.digest(args.label_smoothing, CODE)}"
+    learn_predictor = make_learn_predictor(args, seed, net, folder / f"predictor{variant}.pt")
     learn = til.make_learn(args, seed, net, folder, tasks)
     predictor, keys, modulations = mts_training(tasks, train, memory, learn, learn_predictor)
     heads = [head for _, head in modulations]
@@ -157,7 +165,6 @@ def experiment(args, seed, train, test):
         "wrong": classify_each(net, heads, images, t_hat, wrong),
         "none": classify_each(net, heads, images, t_hat, none)}
     figures, per_task = score(logits, t_hat, task_ids, labels)
-    variant = path.stem.removeprefix("predictor")       # -tasks-HASH or -classes-HASH
     return til.save_result("mts", args, seed, folder, figures, per_task, variant)
 
 
@@ -183,15 +190,6 @@ def score(logits, t_hat, task_ids, labels):
         "D(M)": faa["gt"] - faa["local"], "strict": faa["strict"], "linear": faa["linear"],
         "mean": faa["mean"], "wrong": faa["wrong"], "none": faa["none"]}
     return figures, per_task
-
-
-def predictor_path(args, folder):
-    """The file of theta_0.
-
-    Its name stands for what matters only for theta_0: the kind of predictor, the label smoothing,
-    and the code of this file. What matters for all thetas is in the name of the folder.
-    """
-    return folder / f"predictor-{args.predictor}-{data.digest(args.label_smoothing, CODE)}.pt"
 
 
 def predict(args, train, tasks, net, predictor, heads, keys, memory):

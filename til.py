@@ -2,9 +2,9 @@
 
     python til.py                                                   # drawn glyphs: 40 s on a CPU
     python til.py --dataset cifar100 --splits 20 --memory hopfield  # the paper's C100-20S
-    python til.py --predict picture.png --task 3                    # Algorithm 2 on one picture
-    torchrun --nproc-per-node 3 til.py --seeds 0 1 2                # a seed on each GPU, and then:
-    python evaluate.py runs                                         # all results in one table
+    python til.py --predict results/glyphs-sample.png --task 11     # Algorithm 2 on one picture
+    torchrun --nproc-per-node 3 til.py --seeds 0 1 2                # three seeds, one on each GPU
+    python evaluate.py runs                                         # all results so far, in tables
 
 Read this file from top to bottom: the two algorithms, how a modulation is trained, and then
 `experiment`, which is everything that happens with one seed, from the images to the numbers of a
@@ -21,7 +21,6 @@ import math
 import os
 import re
 import statistics
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -85,7 +84,7 @@ def classify(net, head, images, theta):
     Mistake if theta has another shape, or is not finite.
     """
     net.theta.copy_(evaluate.checked(theta, len(net.theta)))
-    head.eval()                                 # for layers such as dropout: see `fit`
+    head.eval()                                 # for layers such as dropout, if you add one
     return head(vit.features(net, images)).cpu()
 
 
@@ -109,9 +108,7 @@ def fit(net, head, images, labels, recipe, generator):
 
     Returns the accuracy on these images during the last epoch, in percent.
     """
-    # Layers such as dropout work in another way during training. There are none here, but you may
-    # add one.
-    net.train()
+    net.train()                                 # for layers such as dropout, if you add one
     head.train()
     device = net.theta.device
     # All images at once: as uint8, they need little of a GPU's memory.
@@ -155,9 +152,6 @@ def new_head(net, n_outputs, generator):
 
 def find_or_train(path, net, images, labels, n_outputs, recipe, generator):
     """A Modulation from the file `path`. If there is none, it is trained, and kept there."""
-    # Layers such as dropout draw from PyTorch's own generator. What they draw should not depend on
-    # which of the tasks before were trained, and which were found.
-    torch.manual_seed(generator.initial_seed())
     if path.exists():
         content = data.read(path)
         head = new_head(net, n_outputs, generator)
@@ -231,6 +225,7 @@ def experiment(args, seed, train, test):
     wrong = thetas[-1:] + thetas[:-1]                           # each is that of the task before
     linear_heads = evaluate.linear_heads(net, train, tasks)
     per_task = {}                               # {way to classify: [accuracy of each task]}
+    errors = []
     for t, classes in enumerate(data.progress(tasks, "testing task")):
         images, labels = data.task(test, classes)
         head = modulations[t].head
@@ -243,9 +238,8 @@ def experiment(args, seed, train, test):
             "none": classify(net, head, images, none)}
         for way, z in logits.items():
             per_task.setdefault(way, []).append(evaluate.percent(z.argmax(1) == labels))
-    # Algorithm 2 returns only logits. So recall theta once more, and compare it with the original.
-    errors = [evaluate.recall_error(memory.read(key), theta)
-              for key, theta in data.progress(list(zip(keys, thetas)), "recalling theta")]
+        # Algorithm 2 returns only logits. So recall theta once more, and compare it with ours.
+        errors.append(evaluate.recall_error(memory.read(keys[t]), thetas[t]))
 
     faa = {way: evaluate.faa(accuracies) for way, accuracies in per_task.items()}
     figures = {
@@ -290,8 +284,8 @@ CODE = {name: data.digest_of_code(name)
         for name in ("vit.py", "lora.py", "data.py", Path(__file__).name)}
 # These options say where files are, which seeds to run, and which picture to classify.
 WHERE_AND_WHICH = {"weights", "data_dir", "out", "seeds", "predict", "task"}
-# These do not change theta_1 .. theta_T. (What changes theta_0 must be in `predictor_path` of
-# mts.py. `row` is not an option: see `parse`.)
+# These do not change theta_1 .. theta_T. (What changes theta_0 must be in the name of its file: see
+# `experiment` in mts.py. `row` is not an option: see `parse`.)
 NOT_FOR_THETA = WHERE_AND_WHICH | {"memory", "predictor", "label_smoothing", "row"}
 # These are not added to the name of a row: the memory is its first word, and the data set and the
 # splits stand above the table. Rows of different devices are told apart by a hash (see
@@ -310,9 +304,6 @@ def folder_of_run(args, seed):
     run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
     folder = args.out / run
     folder.mkdir(parents=True, exist_ok=True)
-    if not args.predict:                        # --predict writes nothing, if all is trained
-        # A folder in which we cannot write raises OSError now, and not after the training.
-        tempfile.TemporaryFile(dir=folder).close()
     return folder
 
 
@@ -404,17 +395,20 @@ def name_of_row(args, parser):
 
 
 def set_up_torch(args):
-    """Makes PyTorch deterministic, and fast on the device. Sets args.dtype, the dtype of W."""
-    args.dtype = "float32"
+    """Makes PyTorch deterministic, and fast on the device. Returns the dtype of W, as text."""
+    dtype = "float32"
     if args.device == "cuda":
         if not torch.cuda.is_available():
             raise data.Mistake("PyTorch finds no GPU here: use --device cpu")
+        # Beside a GPU, the CPU has little to do. With a thread on each of 64 cores, it would spend
+        # most of its time on waiting for the slowest of them.
+        torch.set_num_threads(min(4, torch.get_num_threads()))
         # torchrun numbers its processes on this machine. If there are fewer GPUs, they share them.
         number = int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(number % torch.cuda.device_count())
         # Some GPUs, such as a T4, can only emulate bfloat16, which is slow.
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            args.dtype = "bfloat16"
+            dtype = "bfloat16"
     elif args.backbone == "vit_micro":
         torch.set_num_threads(1)                # more threads do not help, it is so small
     # The same command on the same GPU gives the same bits. PyTorch needs this variable for it.
@@ -426,6 +420,7 @@ def set_up_torch(args):
     torch.set_float32_matmul_precision("high")
     # PyTorch warns when it records a CUDA graph (lora.py), but what it warns of does no harm here.
     warnings.filterwarnings("ignore", module="torch.autograd")
+    return dtype
 
 
 def load_images(args):
@@ -442,7 +437,7 @@ def load_images(args):
 def main(parser, run_one_seed):
     """Calls run_one_seed(args, seed, train, test) for each seed, and prints a table."""
     args = parse(parser)
-    set_up_torch(args)
+    args.dtype = set_up_torch(args)
     train, test = load_images(args)
     # torchrun starts several processes, and numbers them. Each takes its share of the seeds.
     process = int(os.environ.get("RANK", 0))
