@@ -200,8 +200,7 @@ def tables_only(results):
     for result in results:
         command = "{setting}.py --dataset {dataset} --splits {splits}".format(**result)
         experiments.setdefault(command, []).append(result)
-    # TIL before MTS, otherwise by name.
-    commands = sorted(experiments, key=lambda command: (command.startswith("mts"), command))
+    commands = sorted(experiments, key=lambda command: command.startswith("mts"))   # TIL first
     lines = []
     for command in commands:
         lines += ["", f"`python {command} --memory M`", "", *table(command, experiments[command])]
@@ -217,7 +216,7 @@ def table(command, results):
     lines = [line("M", "seeds", *headings), "|---" * (2 + len(headings)) + "|"]
     paper = dict(PAPER.get(command, {}))
     # First the rows in which only the memory was chosen, and then those with further options, such
-    # as --rank 4. Otherwise, the order is that in which the results were found.
+    # as --rank 4. Apart from that, the rows are in the order in which the results were found.
     for name, digest in sorted(rows, key=lambda row: row[0].count(" --")):
         runs = rows[name, digest]
         # The digest is shown if there is another row with which this one should not be compared.
