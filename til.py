@@ -400,17 +400,16 @@ def set_up_torch(args):
     if args.device == "cuda":
         if not torch.cuda.is_available():
             raise data.Mistake("PyTorch finds no GPU here: use --device cpu")
-        # Beside a GPU, the CPU has little to do. With a thread on each of 64 cores, it would spend
-        # most of its time on waiting for the slowest of them.
-        torch.set_num_threads(min(4, torch.get_num_threads()))
         # torchrun numbers its processes on this machine. If there are fewer GPUs, they share them.
         number = int(os.environ.get("LOCAL_RANK", 0))
         torch.cuda.set_device(number % torch.cuda.device_count())
         # Some GPUs, such as a T4, can only emulate bfloat16, which is slow.
         if torch.cuda.is_bf16_supported(including_emulation=False):
             dtype = "bfloat16"
-    elif args.backbone == "vit_micro":
-        torch.set_num_threads(1)                # more threads do not help, it is so small
+    if args.device == "cuda" or args.backbone == "vit_micro":
+        # The CPU has only small computations to do. With more threads, it would spend most of its
+        # time on waiting until the slowest of them is done.
+        torch.set_num_threads(1)
     # The same command on the same GPU gives the same bits. PyTorch needs this variable for it.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
