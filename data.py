@@ -85,8 +85,8 @@ def task_labels(part, tasks):
 def hold_out(train):
     """(train, test) from training images alone: every tenth image of a class is for testing.
 
-    Use these to choose learning rates and the like. If you choose them on the test images, the
-    results look better than they are.
+    Choose learning rates and other settings on these held-out images. If you choose settings on the
+    test images, the results look better than they are.
     """
     held = torch.zeros(len(train.labels), dtype=torch.bool)
     for label, name in enumerate(train.classes):
@@ -101,8 +101,7 @@ def hold_out(train):
 def generator(*numbers):
     """A generator of random numbers, made from one or more numbers, such as (seed, task).
 
-    If it were made from the sum seed + task, task 2 of seed 0 would draw the same numbers as task 1
-    of seed 1.
+    Other numbers give another generator: (0, 2) draws other random numbers than (1, 1).
     """
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
@@ -408,7 +407,7 @@ def digest(*parts):
     return sha.hexdigest()[:8]
 
 
-# The code of this program, as it is when the program starts. (You may edit it during the run.)
+# The code of this program, as it is when it starts. So you can edit the files during a run.
 SOURCES = {path.name: path.read_bytes() for path in Path(__file__).parent.glob("[!.]*.py")}
 
 

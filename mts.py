@@ -43,7 +43,10 @@ def mts_inference(net, predictor, heads, images, keys, memory):
 
 
 def by_task(infer, task_ids, images):
-    """Logits (n, classes of a task), from infer(t, the images whose task_ids are t) for each t."""
+    """Logits (n, classes of a task), in the order of the images.
+
+    It calls infer(t, images_of_t) once for each task t in task_ids, with the images of this task.
+    """
     logits = [None] * len(images)
     for t in data.progress(task_ids.unique().tolist(), "testing task"):
         places = (task_ids == t).nonzero().flatten()
@@ -97,8 +100,8 @@ def flips_and_crops(n, generator):
     """
     area = 0.35 + 0.65 * torch.rand(n, 1, generator=generator)
     side = area.sqrt()
-    # The image spans [-1, 1], so it is 2 wide, and the square is 2 side wide. It reaches `side` to
-    # each side of its centre, and lies inside if the centre is at most 1 - side away from 0.
+    # The image spans [-1, 1]. The square reaches from its centre by `side` in each direction. So it
+    # lies inside if no coordinate of its centre is further than 1 - side from 0.
     centre = (1 - side) * (2 * torch.rand(n, 2, generator=generator) - 1)
     crop = torch.cat([side, centre], dim=1)                     # (n, 3), see ViT.prepare
     return {"crop": crop} | til.flips(n, generator)
@@ -108,9 +111,9 @@ def make_learn_predictor(args, seed, net, path):
     """Makes the function `learn_predictor` of Algorithm 3: (train, tasks) -> Modulation."""
     epochs = 10                                 # paper, A.2
     batch_size = 128
-    if args.dataset == "glyphs":                # ours: there are only 2,200 images
+    if args.dataset == "glyphs":
         epochs = 5
-        batch_size = 16
+        batch_size = 16                         # there are only 2,200 images
     recipe = til.Recipe(epochs, batch_size, LR, flips_and_crops, args.label_smoothing)
     if path.exists():
         print(f"{path.name} found, not trained again", flush=True)
@@ -177,8 +180,8 @@ def score(logits, t_hat, task_ids, labels):
     hits = {way: z.argmax(1) == labels for way, z in logits.items()}
     # Example: the truth is class 2 of task 7. The predictor says task 3, and head 3 says class 2.
     # `local` compares the numbers of the classes, so it counts that as right, and so do the
-    # controls. `strict` also compares the tasks. The paper seems to count like `local`: in two of
-    # its four experiments, its FAA is higher than its Task Acc. That cannot happen with `strict`.
+    # controls. `strict` also compares the tasks. The paper seems to count like `local`: README.md
+    # says why.
     hits["task"] = t_hat == task_ids
     hits["strict"] = hits["local"] & hits["task"]
     n_tasks = task_ids.max().item() + 1

@@ -14,8 +14,6 @@ the very end. It calls `experiment` for each seed.)
 What is trained is kept in a folder of runs/. With another memory, nothing is trained again. If you
 start a stopped command once more, it goes on after the last task that was finished. README.md says
 which changes of yours begin a new folder.
-
-A data.Mistake is a mistake of the user. The program ends with it, in one line.
 """
 import math
 import os
@@ -40,7 +38,7 @@ WEIGHT_DECAY = 0.1                              # paper, A.2
 
 
 class Modulation(NamedTuple):
-    """What is trained for a task. The paper's modulation is theta alone, but it needs its head."""
+    """What is trained for a task. (The paper calls theta alone the modulation.)"""
     theta: torch.Tensor                         # (P,), float32, on the CPU
     head: nn.Linear                             # class tokens (n, d) -> logits (n, outputs)
 
@@ -53,7 +51,8 @@ def til_training(tasks, train, memory, learn):
     tasks has the class numbers of each task, train is the training part of the data set, and
     `learn` does lines 5 and 6: see make_learn, below. The paper returns the memory and the keys.
     Here, the memory is filled in place. We also return the heads, which are kept beside it, and the
-    thetas, to compare them with what is recalled.
+    thetas, to compare them with what is recalled. (In line 9, A.1 writes all of theta_t beside its
+    key, and section 3.1 only the rest of it, as we do.)
     """
     keys = []                                                   # 2
     modulations = []
@@ -62,7 +61,7 @@ def til_training(tasks, train, memory, learn):
         modulation = learn(t, images, labels)                   # 5, 6
         key, value = lora.split_key(modulation.theta)           # 7: k_t (A.1 writes v_t for it)
         keys.append(key)                                        # 8
-        memory.write(key, value)                                # 9: only the value, as in 3.1
+        memory.write(key, value)                                # 9
         modulations.append(modulation)
     return keys, modulations                                    # 11
 
@@ -410,7 +409,8 @@ def set_up_torch(args):
         # The CPU has only small computations to do. With more threads, it would spend most of its
         # time on waiting until the slowest of them is done.
         torch.set_num_threads(1)
-    # The same command on the same GPU gives the same bits. PyTorch needs this variable for it.
+    # From here on, PyTorch is deterministic: the same command on the same GPU gives the same bits.
+    # CUDA needs this variable for it.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     # Otherwise, PyTorch would now fill each new, empty tensor with NaN, which costs time.
