@@ -32,7 +32,7 @@ from PIL import Image, ImageOps             # Pillow comes with torchvision
 class Images(NamedTuple):
     """A part of a data set: the images to train on, or those to test on."""
     images: torch.Tensor                    # uint8 (N, 3, h, w), RGB
-    labels: torch.Tensor                    # int64 (N,), index into classes
+    labels: torch.Tensor                    # int64 (N,), index into classes, from 0
     classes: list                           # the names of the classes
 
 
@@ -44,9 +44,12 @@ def load(name, data_dir):
     """The two parts (train, test) of the data set `name`. Raises Mistake if it cannot be loaded."""
     train, test = LOADERS[name](Path(data_dir))
     for part in (train, test):
-        if part.images.dtype != torch.uint8 or part.labels.dtype != torch.int64:
-            raise Mistake(f"{name}: the images should be a tensor of uint8, from 0 to 255, and the "
-                          "labels a tensor of int64")
+        images, labels, classes = part
+        fits = (images.dtype == torch.uint8 and images.shape[:2] == (len(labels), 3)
+                and labels.dtype == torch.int64
+                and labels.min() >= 0 and labels.max() < len(classes))
+        if not fits:
+            raise Mistake(f"{name}: the images or labels are not as `Images` in data.py says")
     return train, test
 
 
@@ -59,8 +62,8 @@ def split(n_classes, n_tasks, seed):
         numbers = ", ".join(map(str, possible)) or "nothing"
         raise Mistake(f"--splits {n_tasks} is not possible with {n_classes} classes. There must be "
                       "two or more tasks, of equal size, with two or more classes in each. (So you "
-                      "need at least four classes, and their number must not be prime.) Here, "
-                      f"--splits can be {numbers}")
+                      "need at least four classes, and their number must not be prime.) Possible "
+                      f"here: {numbers}")
     order = np.random.default_rng(seed).permutation(n_classes)
     return order.reshape(n_tasks, -1).tolist()
 
@@ -376,6 +379,8 @@ def save(path, content):
             torch.save(content, buffer)
             scratch.write_bytes(buffer.getbuffer())
         scratch.replace(path)
+    except OSError as error:
+        raise Mistake(f"cannot write {path}: {error}") from error
     finally:
         scratch.unlink(missing_ok=True)         # if the disk is full, or after Ctrl-C
 
@@ -449,17 +454,19 @@ def share(text):
 def progress(items, label):
     """Yields the items, and counts them: on a terminal always, and elsewhere once a minute."""
     on_terminal = sys.stderr.isatty()
-    shown = time.monotonic()
     for i, item in enumerate(items, 1):
         count = f"{label} {i} of {len(items)}"
         if on_terminal:
             print(f"{count} ", end="\r", file=sys.stderr, flush=True)
-        elif time.monotonic() - shown > 60:
+        elif time.monotonic() - progress.shown > 60:
             print(count, file=sys.stderr, flush=True)
-            shown = time.monotonic()
+            progress.shown = time.monotonic()
         yield item
     if on_terminal:
         print(70 * " ", end="\r", file=sys.stderr)      # wipe the line
+
+
+progress.shown = time.monotonic()           # when a count was last printed, by any loop
 
 
 @contextlib.contextmanager

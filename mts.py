@@ -42,13 +42,13 @@ def mts_inference(net, predictor, heads, images, keys, memory):
     return t_hat, by_task(infer, t_hat, images)                 # 8
 
 
-def by_task(infer, task_ids, images):
+def by_task(infer, task_ids, images, label="testing task"):
     """Logits (n, classes of a task), in the order of the images.
 
     It calls infer(t, images_of_t) once for each task t in task_ids, with the images of this task.
     """
     logits = [None] * len(images)
-    for t in data.progress(task_ids.unique().tolist(), "testing task"):
+    for t in data.progress(task_ids.unique().tolist(), label):
         places = (task_ids == t).nonzero().flatten()
         for place, z in zip(places.tolist(), infer(t, images[places])):
             logits[place] = z
@@ -59,7 +59,7 @@ def classify_each(net, heads, images, task_ids, thetas):
     """Logits (n, classes of a task): image i is classified with theta and head of task_ids[i]."""
     def infer(t, images_of_t):
         return til.classify(net, heads[t], images_of_t, thetas[t])
-    return by_task(infer, task_ids, images)
+    return by_task(infer, task_ids, images, "to compare: testing task")
 
 
 # ---- the task predictor ------------------------------------------------------------------------

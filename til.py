@@ -56,7 +56,7 @@ def til_training(tasks, train, memory, learn):
     """
     keys = []                                                   # 2
     modulations = []
-    for t, classes in enumerate(tasks):                         # 3
+    for t, classes in enumerate(data.progress(tasks, "task")):  # 3
         images, labels = data.task(train, classes)              # 4: D_t
         modulation = learn(t, images, labels)                   # 5, 6
         key, value = lora.split_key(modulation.theta)           # 7: k_t (A.1 writes v_t for it)
@@ -151,6 +151,9 @@ def new_head(net, n_outputs, generator):
 
 def find_or_train(path, net, images, labels, n_outputs, recipe, generator):
     """A Modulation from the file `path`. If there is none, it is trained, and kept there."""
+    # A head of yours may draw from PyTorch's own generator, as nn.Linear and dropout do. What it
+    # draws should depend only on the seed and the task, too.
+    torch.manual_seed(generator.initial_seed())
     if path.exists():
         content = data.read(path)
         head = new_head(net, n_outputs, generator)
