@@ -17,8 +17,8 @@ The idea
     in the hidden layers x^1, x^2, x^3 explain best what is known?
         - A write stores theta. No x^1 predicts a new theta yet: every prediction is wrong by about
           theta itself. But each prediction comes with a variance, which says how unsure the memory
-          is at this x^1. If the variance is small, so large an error is nearly impossible. If the
-          variance is large, the error is no surprise. So the search ends at an x^1 where the memory
+          is at this x^1. Where the variance is small, an error of this size is nearly impossible.
+          Where it is large, the error is no surprise. So the search ends at an x^1 where the memory
           is unsure. This x^1 becomes the address of theta: the write changes the weights, so that
           from now on, x^1 predicts theta, both the key and the value.
         - A read finds the address again, from the key. A key has thousands of elements, and x^1 has
@@ -31,14 +31,15 @@ What is Bayesian about it
     U_l. When the search of a write is done, its hidden layers count as observed, and Bayes' rule
     says how this observation changes the belief. That is one step, without a learning rate.
 
-    Why do later writes not destroy what earlier ones have stored? Theta is predicted from
-    z = GELU(x^1), as z R_0. So what counts about an address is the direction of its z. In a
-    direction that was used before, the memory is sure of its prediction (its variance v_0, below,
-    is small), so a new theta is very unlikely there. In an unused direction, the memory is in
-    doubt, and any theta is possible. So the search for a new theta ends in an unused direction. The
-    update changes the predictions most where the memory was in doubt, and hardly where it was sure,
-    which is in the used directions. Each write uses up about one of the 256 directions of z. So
-    about 256 thetas fit. If there are more, the recall of all of them suffers.
+    Why do later writes not destroy what earlier ones have stored? Theta is predicted from z =
+    GELU(x^1), as z R_0, which is linear in z. So each theta needs a direction of z of its own. (In
+    the same direction, a shorter z gives the same theta, but shorter.) In a direction that was used
+    before, the memory is sure of its prediction (its variance v_0, below, is small), so a new theta
+    is very unlikely there. In an unused direction, the memory is in doubt, and any theta is
+    possible. So the search for a new theta ends in an unused direction. The update changes the
+    predictions most where the memory was in doubt, and hardly where it was sure, which is in the
+    used directions. Each write uses up about one of the 256 directions of z. So about 256 thetas
+    fit. If there are more, the recall of all of them suffers.
 
 The symbols, to look up as you read on
     symbol      code            shape       meaning
@@ -74,7 +75,7 @@ The model
           + 1/2               [ |x^3 - r|^2     / v_3 + H   log(2 pi v_3) ]
 
 Two ways to read
-    Only the key is known of x^0. What about the value, in E?
+    A read knows only the key. How should E treat the value?
         read=marginal   Only the key counts, so d_0 = |k|. This is the same as averaging over all
                         that the value could be. It is ours, and the default.
         read=joint      E is minimised over the value, too, as by Yoo & Wood. The value is then
@@ -90,10 +91,11 @@ Two ways to read
 What is not exact
     What marginal recalls has 95 % of the length of theta, because a write corrects only a share of
     the error. The share is z U_0 z^T / v_0, with the U_0 from before the write (see `regress`). How
-    large is it? The search of a write minimises |error|^2 / v_0 + P log(v_0), and this is smallest
-    if v_0 is the mean square of the error, |error|^2 / P. The error is about theta itself. On
-    glyphs, the mean square of its elements is 25 s2. So v_0 = s2 + z U_0 z^T is about 25 s2, and
-    the share is 24/25, or 96 %, which is about what we measured.
+    large is it? In the search of a write, the terms of x^0 are by far the largest ones of E. They
+    are |error|^2 / v_0 + P log(v_0), and smallest if v_0 is the mean square of the error,
+    |error|^2 / P. The error is about theta itself, wherever the search goes. On glyphs, the mean
+    square of its elements is 25 s2. So v_0 = s2 + z U_0 z^T is about 25 s2, and the share is 24/25,
+    or 96 %, which is about what we measured.
 
     Also, the hidden layers are only one guess. Yoo & Wood can keep many guesses, each with a belief
     of its own. They call such a guess, together with its belief, a particle.
