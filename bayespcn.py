@@ -31,11 +31,11 @@ What is Bayesian about it
     U_l. When the search of a write is done, its hidden layers count as observed, and Bayes' rule
     says how this observation changes the belief. That is one step, without a learning rate.
 
-    Why do later writes not destroy what earlier ones have stored? Theta is predicted from z =
-    GELU(x^1), as z R_0, which is linear in z. So each theta needs a direction of z of its own. (In
-    the same direction, a shorter z gives the same theta, but shorter.) In a direction that was used
-    before, the memory is sure of its prediction (its variance v_0, below, is small), so a new theta
-    is very unlikely there. In an unused direction, the memory is in doubt, and any theta is
+    Why do later writes not destroy what earlier ones have stored? Theta is predicted from
+    z = GELU(x^1), as z R_0, which is linear in z. So each theta needs a direction of z of its own.
+    (In the same direction, a shorter z gives the same theta, but shorter.) In a direction that was
+    used before, the memory is sure of its prediction (its variance v_0, below, is small), so a new
+    theta is very unlikely there. In an unused direction, the memory is in doubt, and any theta is
     possible. So the search for a new theta ends in an unused direction. The update changes the
     predictions most where the memory was in doubt, and hardly where it was sure, which is in the
     used directions. Each write uses up about one of the 256 directions of z. So about 256 thetas
