@@ -240,7 +240,7 @@ def experiment(args, seed, train, test):
             "none": classify(net, head, images, none)}
         for way, z in logits.items():
             per_task.setdefault(way, []).append(evaluate.percent(z.argmax(1) == labels))
-        # Algorithm 2 returns only logits. So recall theta once more, for its distance from thetas[t].
+        # Algorithm 2 returns only logits. So recall theta once more, to compare it with thetas[t].
         errors.append(evaluate.recall_error(memory.read(keys[t]), thetas[t]))
 
     faa = {way: evaluate.faa(accuracies) for way, accuracies in per_task.items()}
