@@ -1,4 +1,4 @@
-"""BayesPCN (Yoo & Wood, NeurIPS 2022, arXiv 2205.09930) as a memory, with one particle.
+"""BayesPCN (Yoo & Wood, NeurIPS 2022, arXiv 2205.09930) as a memory.
 
 The idea
     The memory is a small network that generates theta from the top down. It has four layers of
@@ -33,13 +33,16 @@ What is Bayesian about it
 
     Why do later writes not destroy what earlier ones have stored? Theta is predicted from
     z = GELU(x^1), as z R_0, which is linear in z. So each theta needs a direction of z of its own.
-    (In the same direction, a shorter z gives the same theta, but shorter.) In a direction that was
-    used before, the memory is sure of its prediction (its variance v_0, below, is small), so a new
-    theta is very unlikely there. In an unused direction, the memory is in doubt, and any theta is
-    possible. So the search for a new theta ends in an unused direction. The update changes the
-    predictions most where the memory was in doubt, and hardly where it was sure, which is in the
-    used directions. Each write uses up about one of the 256 directions of z. So about 256 thetas
-    fit. If there are more, the recall of all of them suffers.
+    (In the same direction, a shorter z gives the same theta, but shorter.) Two things protect what
+    is stored:
+        - The search of a write ends in an unused direction. There, the memory is in doubt (the
+          variance v_0 of its prediction, below, is large), so any theta is possible. In a direction
+          that was used before, the memory is sure of its prediction, so a new theta is very
+          unlikely.
+        - The update changes the predictions most where the memory was in doubt. In the used
+          directions, where it was sure, they hardly change.
+    Each write uses up about one of the 256 directions of z. So about 256 thetas fit. If there are
+    more, the recall of all of them suffers.
 
 The symbols, to look up as you read on
     symbol      code            shape       meaning
@@ -49,7 +52,7 @@ The symbols, to look up as you read on
     x^1 ..      hidden, x[1] .. (H,)        the hidden layers
     R_0, R_1 .. R[l]            (H, P), (H, H) ..       the mean of W_l
     U_0, U_1 .. U[l]            (H, H)                  the covariance of each column of W_l
-    r, u        r, u            (H,), a number          mean and variance of w, the mean of x^3
+    r, u        r, u            (H,), a number          mean and variance of w (see the top layer)
     s2          s2                          the variance of the noise, sigma_obs^2
     d_l         d_0, H                      the number of elements of x^l in E: P or |k| for
                                             x^0, H for a hidden layer
@@ -89,16 +92,18 @@ Two ways to read
     the key, a tenth of them. (Exercise 13 derives how short z becomes.)
 
 What is not exact
-    What marginal recalls has 95 % of the length of theta, because a write corrects only a share of
-    the error. The share is z U_0 z^T / v_0, with the U_0 from before the write (see `regress`). How
-    large is it? In the search of a write, the terms of x^0 are by far the largest ones of E. They
-    are |error|^2 / v_0 + P log(v_0), and smallest if v_0 is the mean square of the error,
-    |error|^2 / P. The error is about theta itself, wherever the search goes. On glyphs, the mean
-    square of its elements is 25 s2. So v_0 = s2 + z U_0 z^T is about 25 s2, and the share is 24/25,
-    or 96 %, which is about what we measured.
+    What marginal recalls has 95 % of the length of theta. The reason is that a write corrects only
+    a share of the error that the prediction of theta had before. This share is z U_0 z^T / v_0,
+    with the U_0 from before the write (see `regress`). How large is it? In the search of a write,
+    the terms of x^0 are by far the largest ones of E. Apart from a constant, their sum is
+    1/2 [ |error|^2 / v_0 + P log(v_0) ]. It is smallest if v_0 is |error|^2 / P, the mean square of
+    the elements of the error. The error is about theta itself, wherever the search goes. On glyphs,
+    this mean square is 25 s2. So v_0 = s2 + z U_0 z^T is about 25 s2, and the share is 24/25, or
+    96 %, which is about what we measured.
 
     Also, the hidden layers are only one guess. Yoo & Wood can keep many guesses, each with a belief
-    of its own. They call such a guess, together with its belief, a particle.
+    of its own. They call such a guess, together with its belief, a particle. So ours is BayesPCN
+    with one particle.
 
 The upper layers
     The upper layers hardly matter. The search of a write leaves x^2 and x^3 near 0, so W_1 and W_2
@@ -148,7 +153,8 @@ class BayesPCN:
         self.s2 = sigma_obs ** 2
         self.n_written = 0
         # The belief before the first write: the means are small random numbers. All is float64,
-        # because variances in U become very small.
+        # because float32 is too coarse: E can be as large as 60,000, and a search ends when E
+        # changes by less than 0.001.
         widths = [dim] + [hidden] * (layers - 2)                            # of x^0, x^1, x^2
         self.R = [self.noise(l, hidden, width) for l, width in enumerate(widths)]   # (H, width)
         self.U = [sigma_prior ** 2 * torch.eye(hidden, dtype=torch.float64) for _ in widths]
@@ -158,8 +164,7 @@ class BayesPCN:
     def write(self, key, value):
         """Stores theta = key (+) value."""
         theta = torch.cat([key, value]).double()                    # (P,)
-        # Each search of a write begins at other random numbers (see `noise`). This hardly matters:
-        # on glyphs, recall is equally good if all of them begin at the same.
+        # `stream` says at which random numbers the search begins: new ones for each write.
         hidden = self.search(theta, self.dim, stream=self.layers + 1 + self.n_written)
         self.update([theta, *hidden])
 

@@ -104,7 +104,7 @@ def hold_out(train):
 def generator(*numbers):
     """A generator of random numbers, made from one or more numbers, such as (seed, task).
 
-    Other numbers give another generator: (0, 2) draws other random numbers than (1, 1).
+    Different numbers give different generators: (0, 2) does not draw the same as (1, 1).
     """
     state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
@@ -127,8 +127,8 @@ def tinyimagenet(data_dir):
     """TinyImageNet (Le & Yang, 2015): 200 classes of 500 + 50 images, 64 x 64 pixels.
 
     The labels of its test images were never published, so we test on its val images. To decode
-    110,000 files takes a minute, so the result is kept in a file. The file is named after the code
-    here: if you change how pictures are read, they are decoded anew. (If you change the pictures
+    110,000 files takes a minute, so the result is kept in a file. Its name has a hash of the code
+    of data.py: if you change this code, the pictures are decoded anew. (If you change the pictures
     themselves, remove this file.)
     """
     from torchvision.datasets.utils import download_and_extract_archive

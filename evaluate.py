@@ -1,10 +1,9 @@
-"""Metrics (paper, section 4), memories by their names, the control `linear`, tables, a benchmark.
+"""Metrics (paper, section 4), the memories, the control `linear`, tables, and a benchmark.
 
     python evaluate.py runs                 # tables: mean and standard deviation over the seeds
     python evaluate.py bench                # time, size and recall error of the memories
 
-From the tables on, you can skip this file at first. (A new column is a new entry of `figures` in
-til.py or mts.py. Explain it in LEGEND here. `cell` decides how many digits are shown.)
+From the tables on, you can skip this file at first.
 """
 import ast
 import glob
@@ -160,7 +159,9 @@ def logistic_regression(x, y, n_classes, penalty=0.03):
 # ---- tables ------------------------------------------------------------------------------------
 # The paper's Tables 1 and A1: {command: {name of the row, such as "hopfield": {heading: cell}}}.
 PAPER = json.loads((Path(__file__).parent / "results/paper.json").read_text("utf-8"))
-# What the columns mean. The headings are the names of the "figures" in the results.
+# What the columns mean. The headings are the names of the "figures" in the results. (For a new
+# column, add an entry to `figures` in til.py or mts.py, and explain it here. `cell` decides how
+# many digits are shown.)
 LEGEND = {
     "Task Acc": "images whose task is predicted right, in percent, averaged over the tasks",
     "FAA_GT": "accuracy in percent, averaged over the tasks, with the task known and the "
@@ -255,10 +256,10 @@ def seeds_of(runs):
 
 
 def clash(a, b):
-    """True if two results should not be compared, although the names of their rows do not say so.
+    """True if two results should not be compared, although the names of their rows do not show it.
 
-    Between them, a file of the program was changed, or the images, or the weights of the ViT. Or
-    else both rows have the same name, but another digest: they come from different devices.
+    Either the code of a file differs, or the images, or the weights of the ViT. Or the names are
+    equal, and the digests differ: then the results come from different devices.
     """
     hashes_a = a["code"] | a["content"]
     hashes_b = b["code"] | b["content"]

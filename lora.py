@@ -33,8 +33,8 @@ class LoRALinear(nn.Module):
         self.delta = None                       # (d, d); ModulatedViT.forward sets it in each call
 
     def forward(self, x):                       # (.., d) -> (.., d)
-        # W x + delta x = (W + delta) x. So one product with x is enough, in place of those with W,
-        # A and B. (On a GPU, the sum is rounded to bfloat16, and the accuracies are as good.)
+        # W x + delta x = (W + delta) x. So we compute W + delta first. Then one product with x is
+        # enough, in place of three, with W, A and B.
         return F.linear(x, self.base.weight + self.delta, self.base.bias)
 
 
@@ -42,7 +42,7 @@ class ModulatedViT(nn.Module):
     """A frozen ViT whose query and value projections are modulated by `theta` (P,).
 
     It changes `vit` itself: these layers become LoRALinear. With a head on top (see til.py), it is
-    the paper's C(x; W, theta). W are the weights of the ViT.
+    the paper's C(x; W, theta). There, W stands for all weights of the ViT, and not for one matrix.
     theta has P = L * 2 * 2 * r * d elements: L blocks, query and value, A and B. It is float32, and
     W can be bfloat16.
     """
@@ -121,11 +121,12 @@ def split_key(theta):
     The paper (section 3.1) writes the value theta_t / k_t, which is not a division. (This key and
     this value belong to a memory. They are not those of attention.)
 
-    Why can a piece of theta be a key? Every task begins with another random A, and more than half
+    Why can a piece of theta be a key? Every task begins with new random A, and more than half
     of the elements of a key belong to an A. Training changes A, but the keys of two tasks still
     point in very different directions (see the numbers in hopfield.py). So a memory can tell them
     apart. (Why more than half? With 12 blocks, theta has 48 matrices: A, B, A, B, and so on. A
-    tenth of them are A, B, A, B and 0.8 of an A.)
+    tenth of them are A, B, A, B and 0.8 of an A. With the 6 blocks of vit_micro, they are A, B and
+    0.4 of an A.)
     """
     n = len(theta) // 10
     return theta[:n].clone(), theta[n:].clone()

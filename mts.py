@@ -32,8 +32,8 @@ def mts_training(tasks, train, memory, learn, learn_predictor):
 def mts_inference(net, predictor, heads, images, keys, memory):
     """Algorithm 4: the predicted tasks t_hat (n,), and logits (n, classes of a task).
 
-    The paper's algorithm is for one image, and here are n of them. Those with the same predicted
-    task go through Algorithm 2 together.
+    The paper's algorithm is for one image, and this function is for n images. Those with the same
+    predicted task go through Algorithm 2 together.
     """
     t_hat = predict_task(net, predictor, images, len(keys))     # 3
 
@@ -96,7 +96,8 @@ def predictor_targets(train, tasks, kind):
 def flips_and_crops(n, generator):
     """Changes for n images: those of til.flips, and a random square is cut out of each image.
 
-    The square has 35 to 100 % of the image's area. With flips alone, ten epochs overfit.
+    The square has 35 to 100 % of the image's area. With flips alone, the predictor
+    overfits in ten epochs.
     """
     area = 0.35 + 0.65 * torch.rand(n, 1, generator=generator)
     side = area.sqrt()

@@ -8,8 +8,8 @@
 
 Read this file from top to bottom: the two algorithms, how a modulation is trained, and then
 `experiment`, which is everything that happens with one seed, from the images to the numbers of a
-row in the table. From the heading `files` on, you can skip it at first. (A run begins in `main`, at
-the very end. It calls `experiment` for each seed.)
+row in the table. You can skip what follows the heading `files` at first. All you need to know of it
+is that `main`, at the very end, calls `experiment` for each seed.
 
 What is trained is kept in a folder of runs/. With another memory, nothing is trained again. If you
 start a stopped command once more, it goes on after the last task that was finished. README.md says
@@ -50,9 +50,10 @@ def til_training(tasks, train, memory, learn):
 
     tasks has the class numbers of each task, train is the training part of the data set, and
     `learn` does lines 5 and 6: see make_learn, below. The paper returns the memory and the keys.
-    Here, the memory is filled in place. We also return the heads, which are kept beside it, and the
-    thetas, to compare them with what is recalled. (In line 9, A.1 writes all of theta_t beside its
-    key, and section 3.1 only the rest of it, as we do.)
+    Here, the memory is filled in place. We also return a Modulation for each task: Algorithm 2
+    needs its head, and `experiment` compares its theta with what is recalled. (In line 9, A.1
+    writes the key and all of theta_t. Section 3.1 writes the key and the rest of theta_t, as we
+    do.)
     """
     keys = []                                                   # 2
     modulations = []
@@ -79,7 +80,7 @@ def til_inference(net, head, images, key, memory):
 def classify(net, head, images, theta):
     """C(x; W, theta): logits (n, outputs of the head), on the CPU, for uint8 images (n, 3, h, w).
 
-    All tasks share the network `net`, so each call begins by copying its theta (P,) into it. Raises
+    All tasks share the network `net`. So each call first copies theta (P,) into `net`. Raises
     Mistake if theta has another shape, or is not finite.
     """
     net.theta.copy_(evaluate.checked(theta, len(net.theta)))
@@ -151,8 +152,8 @@ def new_head(net, n_outputs, generator):
 
 def find_or_train(path, net, images, labels, n_outputs, recipe, generator):
     """A Modulation from the file `path`. If there is none, it is trained, and kept there."""
-    # A head of yours may draw from PyTorch's own generator, as nn.Linear and dropout do. What it
-    # draws should depend only on the seed and the task, too.
+    # Our random numbers come from `generator`. If you change new_head, your head may draw from
+    # PyTorch's own generator, as nn.Linear and dropout do. So we seed that one, too.
     torch.manual_seed(generator.initial_seed())
     if path.exists():
         content = data.read(path)
@@ -254,8 +255,8 @@ def experiment(args, seed, train, test):
 def make_network(args):
     """The network that all tasks share."""
     backbone = vit.load(args.backbone, args.weights, args.image_size)
-    # A hash of W, for folder_of_run. W also depends on the image size, because the position
-    # embeddings are resized for it.
+    # args.content has a hash of the images (see load_images), and gets one of W. folder_of_run uses
+    # both. W also depends on the image size, because the position embeddings are resized for it.
     args.content[f"{args.backbone}, {args.image_size} pixels"] = data.digest(*backbone.parameters())
     # W is never trained, so bfloat16 is precise enough for it. (See set_up_torch: on a CPU, it is
     # float32.) Theta and the heads are made later, and stay float32: bfloat16 would round AdamW's
@@ -280,8 +281,8 @@ def print_classes(logits, names):
 
 
 # ---- files -------------------------------------------------------------------------------------
-# The code that trains theta_1 .. theta_T. (If this file is a copy of til.py under another name, its
-# own code counts.)
+# The code that trains theta_1 .. theta_T. (Path(__file__).name is til.py, or the name of your copy
+# of it.)
 CODE = {name: data.digest_of_code(name)
         for name in ("vit.py", "lora.py", "data.py", Path(__file__).name)}
 # These options say where files are, which seeds to run, and which picture to classify.

@@ -174,7 +174,7 @@ CONFIGS = {
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         url="https://huggingface.co/timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k"
             "/resolve/main/pytorch_model.bin"),
-    "dinov2_vits14": Config(                # Oquab et al., arXiv 2304.07193, with 518 pixels
+    "dinov2_vits14": Config(                # Oquab et al., arXiv 2304.07193. Trained at 518 pixels
         image_size=112, patch=14, width=384, depth=12, heads=6,
         url="https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"),
     "vit_b_16": Config(                     # torchvision's ViT_B_16_Weights.IMAGENET1K_V1
