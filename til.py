@@ -398,7 +398,10 @@ def name_of_row(args, parser):
 
 
 def set_up_torch(args):
-    """Makes PyTorch deterministic, and fast on the device. Returns the dtype of W, as text."""
+    """Makes PyTorch deterministic, and fast on the device.
+
+    Returns the dtype of W, as text. (make_network finds it in args.dtype.)
+    """
     dtype = "float32"
     if args.device == "cuda":
         if not torch.cuda.is_available():
@@ -438,7 +441,7 @@ def load_images(args):
 
 
 def main(parser, run_one_seed):
-    """Calls run_one_seed(args, seed, train, test) for each seed, and prints a table."""
+    """Prints a table of what run_one_seed(args, seed, train, test) returns for each seed."""
     args = parse(parser)
     args.dtype = set_up_torch(args)
     train, test = load_images(args)
