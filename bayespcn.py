@@ -14,13 +14,13 @@ The idea
         x^0   [ key |   value   ]  known          [ key |     ?     ]  the key is known
 
     A write is given theta, and a read only its key. Both begin with the same search: which numbers
-    in the hidden layers x^1, x^2, x^3 explain best what is known?
-        - A write stores theta. No x^1 predicts a new theta yet: every prediction is wrong by about
-          theta itself. But each prediction comes with a variance, which says how unsure the memory
-          is at this x^1. Where the variance is small, an error of this size is nearly impossible.
-          Where it is large, the error is no surprise. So the search ends at an x^1 where the memory
-          is unsure. This x^1 becomes the address of theta: the write changes the weights, so that
-          from now on, x^1 predicts theta, both the key and the value.
+    in the hidden layers x^1, x^2, x^3 best explain what is known?
+        - A write stores theta. No x^1 predicts a new theta yet: every prediction is wrong, by about
+          the size of theta. But each prediction comes with a variance, which says how unsure the
+          memory is at this x^1. Where the variance is small, an error of this size is nearly
+          impossible. Where it is large, the error is no surprise. So the search ends at an x^1
+          where the memory is unsure. This x^1 becomes the address of theta: the write changes the
+          weights, so that from now on, x^1 predicts theta, both the key and the value.
         - A read finds the address again, from the key. A key has thousands of elements, and x^1 has
           only 256, so hardly any other x^1 predicts this key. (Nothing guarantees that a search
           finds it.) Then the read lets this x^1 predict the value.
@@ -85,21 +85,21 @@ Two ways to read
                         equal to its prediction, and its squared error is 0. But each of its
                         elements still adds log(2 pi v_0), so d_0 = P. (In Yoo & Wood's program, the
                         search moves the value, too. Here, it has its best place at each step.)
-    In our runs, a marginal read finds the address. A joint read finds only its direction: z is too
-    short, and so is what it recalls. (On glyphs, it has 71 % of the length of theta.) Why? A
-    shorter z makes v_0 smaller, and so d_0 log(2 pi v_0) falls. A shorter z also makes the error in
-    the key larger. But log(v_0) counts for all elements of theta, and the error only for those of
-    the key, a tenth of them. (Exercise 13 derives how short z becomes.)
+    In our runs, a marginal read finds the address. A joint read finds only the direction of z. This
+    z is too short, and so is the value that it predicts: on glyphs, it has 71 % of the length of
+    the true value. Why? A shorter z makes v_0 smaller, and so d_0 log(2 pi v_0) falls. A shorter z
+    also makes the error in the key larger. But log(v_0) counts for all elements of theta, and the
+    error only for those of the key, a tenth of them. (Exercise 13 derives how short z becomes.)
 
 What is not exact
-    What marginal recalls has 95 % of the length of theta. The reason is that a write corrects only
-    a share of the error that the prediction of theta had before. This share is z U_0 z^T / v_0,
-    with the U_0 from before the write (see `regress`). How large is it? In the search of a write,
-    the terms of x^0 are by far the largest ones of E. Apart from a constant, their sum is
-    1/2 [ |error|^2 / v_0 + P log(v_0) ]. It is smallest if v_0 is |error|^2 / P, the mean square of
-    the elements of the error. The error is about theta itself, wherever the search goes. On glyphs,
-    this mean square is 25 s2. So v_0 = s2 + z U_0 z^T is about 25 s2, and the share is 24/25, or
-    96 %, which is about what we measured.
+    The value that a marginal read recalls has 95 % of its true length. The reason is that a write
+    corrects only a share of the error that the prediction of theta had before. This share is
+    z U_0 z^T / v_0, with the U_0 from before the write (see `regress`). How large is it? In the
+    search of a write, the terms of x^0 are by far the largest ones of E. Apart from a constant,
+    their sum is 1/2 [ |error|^2 / v_0 + P log(v_0) ]. It is smallest if v_0 is |error|^2 / P, the
+    mean square of the elements of the error. In an unused direction, the prediction is near 0, so
+    the error is about theta itself. On glyphs, its mean square is 25 s2. So v_0 = s2 + z U_0 z^T is
+    about 25 s2, and the share is 24/25, or 96 %, which is about what we measured.
 
     Also, the hidden layers are only one guess. Yoo & Wood can keep many guesses, each with a belief
     of its own. They call such a guess, together with its belief, a particle. So ours is BayesPCN
@@ -268,7 +268,7 @@ class BayesPCN:
         return lambda z: x0_x0 - 2 * z @ R_x0 + z @ R_R @ z
 
     def noise(self, stream, rows, width):
-        """Random numbers (rows, width), so that a row has a length of about 1.
+        """Random numbers (rows, width), such that each row has a length of about 1.
 
         Each stream has its own numbers. With 4 layers, 0 to 3 are for the first belief about each
         layer, all reads begin at those of 4, and write n = 0, 1, .. begins at those of 5 + n.
