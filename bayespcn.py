@@ -153,8 +153,8 @@ class BayesPCN:
         self.s2 = sigma_obs ** 2
         self.n_written = 0
         # The belief before the first write: the means are small random numbers. All is float64,
-        # because float32 is too coarse: E can be as large as 60,000, and a search ends when E
-        # changes by less than 0.001.
+        # because float32 is too coarse: |E| reaches 60,000, and a search ends when E changes by
+        # less than 0.001.
         widths = [dim] + [hidden] * (layers - 2)                            # of x^0, x^1, x^2
         self.R = [self.noise(l, hidden, width) for l, width in enumerate(widths)]   # (H, width)
         self.U = [sigma_prior ** 2 * torch.eye(hidden, dtype=torch.float64) for _ in widths]

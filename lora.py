@@ -121,10 +121,10 @@ def split_key(theta):
     The paper (section 3.1) writes the value theta_t / k_t, which is not a division. (This key and
     this value belong to a memory. They are not those of attention.)
 
-    Why can a piece of theta be a key? Every task begins with new random A, and more than half
-    of the elements of a key belong to an A. Training changes A, but the keys of two tasks still
-    point in very different directions (see the numbers in hopfield.py). So a memory can tell them
-    apart. (Why more than half? With 12 blocks, theta has 48 matrices: A, B, A, B, and so on. A
+    Why can a piece of theta be a key? Every task begins with random matrices A of its own, and more
+    than half of the elements of a key belong to an A. Training changes A, but the keys of two tasks
+    still point in very different directions (see the numbers in hopfield.py). So a memory can tell
+    them apart. (Why more than half? With 12 blocks, theta has 48 matrices: A, B, A, B, and so on. A
     tenth of them are A, B, A, B and 0.8 of an A. With the 6 blocks of vit_micro, they are A, B and
     0.4 of an A.)
     """
