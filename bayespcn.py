@@ -17,10 +17,11 @@ The idea
     in the hidden layers x^1, x^2, x^3 best explain what is known?
         - A write stores theta. No x^1 predicts a new theta yet: every prediction is wrong, by about
           the size of theta. But each prediction comes with a variance, which says how unsure the
-          memory is at this x^1. Where the variance is small, an error of this size is nearly
-          impossible. Where it is large, the error is no surprise. So the search ends at an x^1
-          where the memory is unsure. This x^1 becomes the address of theta: the write changes the
-          weights, so that from now on, x^1 predicts theta, both the key and the value.
+          memory is at this x^1. (It is small at an x^1 that is like those of earlier writes: see
+          v_0 below.) Where the variance is small, an error of this size is nearly impossible. Where
+          it is large, the error is no surprise. So the search ends at an x^1 where the memory is
+          unsure. This x^1 becomes the address of theta: the write changes the weights, so that from
+          now on, x^1 predicts theta, both the key and the value.
         - A read finds the address again, from the key. A key has thousands of elements, and x^1 has
           only 256, so hardly any other x^1 predicts this key. (Nothing guarantees that a search
           finds it.) Then the read lets this x^1 predict the value.
@@ -33,8 +34,9 @@ What is Bayesian about it
 
     Why do later writes not destroy what earlier ones have stored? Theta is predicted from
     z = GELU(x^1), as z R_0, which is linear in z. So each theta needs a direction of z of its own.
-    (In the same direction, a shorter z gives the same theta, but shorter.) Two things protect what
-    is stored:
+    (In the same direction, a shorter z gives the same theta, but shorter.) So an address has two
+    parts: the direction of z says which theta is meant, and the length of z says how much of it is
+    recalled. Two things protect what is stored:
         - The search of a write ends in an unused direction. There, the memory is in doubt (the
           variance v_0 of its prediction, below, is large), so any theta is possible. In a direction
           that was used before, the memory is sure of its prediction, so a new theta is very
@@ -54,8 +56,8 @@ The symbols, to look up as you read on
     U_0, U_1 .. U[l]            (H, H)                  the covariance of each column of W_l
     r, u        r, u            (H,), a number          mean and variance of w (see the top layer)
     s2          s2                          the variance of the noise, sigma_obs^2
-    d_l         d_0, H                      the number of elements of x^l in E: P or |k| for
-                                            x^0, H for a hidden layer
+    d_l         d_0, H                      how many elements of x^l count in E: for x^0, P or
+                                            |k| (see `Two ways to read`), for the others, H
 
 The model
     Regression l predicts x^l from z = GELU(x^(l+1)). All of these are row vectors:
@@ -83,8 +85,8 @@ Two ways to read
                         that the value could be. It is ours, and the default.
         read=joint      E is minimised over the value, too, as by Yoo & Wood. The value is then
                         equal to its prediction, and its squared error is 0. But each of its
-                        elements still adds log(2 pi v_0), so d_0 = P. (In Yoo & Wood's program, the
-                        search moves the value, too. Here, it has its best place at each step.)
+                        elements still adds 1/2 log(2 pi v_0), so d_0 = P. (In Yoo & Wood's program,
+                        the search moves the value, too. Here, it has its best place at each step.)
     In our runs, a marginal read finds the address. A joint read finds only the direction of z. This
     z is too short, and so is the value that it predicts: on glyphs, it has 71 % of the length of
     the true value. Why? A shorter z makes v_0 smaller, and so d_0 log(2 pi v_0) falls. A shorter z

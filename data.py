@@ -45,6 +45,7 @@ def load(name, data_dir):
     train, test = LOADERS[name](Path(data_dir))
     for part in (train, test):
         images, labels, classes = part
+        # This is for loaders that you add.
         fits = (images.dtype == torch.uint8 and images.shape[:2] == (len(labels), 3)
                 and labels.dtype == torch.int64
                 and labels.min() >= 0 and labels.max() < len(classes))
@@ -176,7 +177,8 @@ def decode_tinyimagenet(root, n_train=500, n_val=50):
 
 def list_tinyimagenet(root, wnids):
     """The files of both parts, as lists of pairs (path, wnid of the class)."""
-    # Sorted, because the order in which a disk lists its files differs between computers.
+    # Sorted, because the order in which a disk lists its files differs between computers. A Mac may
+    # leave behind files like ._x.JPEG: [!.] leaves them out.
     train = [(path, wnid) for wnid in wnids
              for path in sorted(root.glob(f"train/{wnid}/**/[!.]*.JPEG"))]
     # All val images lie in one folder. This file lists their names, classes and bounding boxes.

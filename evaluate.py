@@ -63,7 +63,7 @@ def make_memory(text, dim):
             raise data.Mistake(
                 f"--memory {text}: {name} has no option {option}. Its options are: {known}")
         given[option] = parse_option(pair, value, defaults[option])
-    # If a memory draws random numbers, it draws the same ones in every run.
+    # If a memory of yours draws random numbers, it draws the same ones in every run.
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
@@ -333,6 +333,7 @@ def bench(args):
             rows.append(row)
             print("{memory:20} T {T:3}  write {write_ms:6.1f} ms  read {read_ms:6.1f} ms  "
                   "{MB:6.1f} MB  error {error:.4f}".format(**row), flush=True)
+            # After each row, so that these rows are kept if you stop the benchmark.
             data.save(args.out, {"dim": args.dim, "rows": rows})
     print(f"wrote {args.out}")
 

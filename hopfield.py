@@ -4,7 +4,9 @@
     read    theta_hat = k (+) V softmax(beta K^T k)
 
 Here (+) joins two vectors, and theta_t / k_t is the paper's notation for the value: theta_t without
-its key k_t (see split_key in lora.py). A read is one step of attention, with k as the query.
+its key k_t (see split_key in lora.py). A read is one step of attention, with k as the query. (Where
+the paper explains the read, it writes w_q and w_v for the stored keys and values. They are not the
+LoRA weights w_q(i) and w_v(i) of lora.py.)
 
 Why does a read return what was written? K^T k compares the key k with each of the T stored keys.
 The keys point in very different directions, so only the product of k with itself is large. With

@@ -42,7 +42,7 @@ class ModulatedViT(nn.Module):
     """A frozen ViT whose query and value projections are modulated by `theta` (P,).
 
     It changes `vit` itself: these layers become LoRALinear. With a head on top (see til.py), it is
-    the paper's C(x; W, theta). There, W stands for all weights of the ViT, and not for one matrix.
+    the paper's C(x; W, theta). In C, W means all weights of the ViT, and not only one matrix.
     theta has P = L * 2 * 2 * r * d elements: L blocks, query and value, A and B. It is float32, and
     W can be bfloat16.
     """
@@ -74,7 +74,9 @@ class ModulatedViT(nn.Module):
     def forward(self, x):               # prepared images (n, 3, s, s) -> class tokens (n, d)
         A, B = self.factors()
         deltas = self.scale * (B @ A)           # (2 L, d, d), for all layers at once
-        deltas = deltas.to(x.dtype)             # x has the dtype of W
+        # x has the dtype of W, which may be bfloat16. theta stays float32, so that the small steps
+        # of its training are not rounded away.
+        deltas = deltas.to(x.dtype)
         for layer, delta in zip(self.layers, deltas):
             layer.delta = delta
         return self.vit(x)
@@ -110,6 +112,7 @@ class ModulatedViT(nn.Module):
             # make_graphed_callables replaces the `forward` of the module that it is given. We still
             # need that of `self`, so we give it a wrapper.
             wrapper = nn.Sequential(self)
+            # The graph keeps the copy of x, and overwrites it with each new batch.
             self.graphs[batch_size] = torch.cuda.make_graphed_callables(wrapper, (x.clone(),))
         return self.graphs[batch_size](x)
 

@@ -213,7 +213,7 @@ def print_time_left(n_tasks, seconds):
 def experiment(args, seed, train, test):
     """Algorithms 1 and 2, and the controls. The "figures" of its result are a row in the table."""
     tasks = data.split(len(train.classes), args.splits, seed)
-    net = make_network(args)
+    net = make_network(args)                # before folder_of_run: it puts a hash of W into args
     folder = folder_of_run(args, seed)                          # for what is trained
     memory = evaluate.make_memory(args.memory, len(net.theta))
     learn = make_learn(args, seed, net, folder, tasks)
@@ -287,8 +287,10 @@ CODE = {name: data.digest_of_code(name)
         for name in ("vit.py", "lora.py", "data.py", Path(__file__).name)}
 # These options say where files are, which seeds to run, and which picture to classify.
 WHERE_AND_WHICH = {"weights", "data_dir", "out", "seeds", "predict", "task"}
-# These do not change theta_1 .. theta_T. (What changes theta_0 must be in the name of its file: see
-# `experiment` in mts.py. `row` is not an option: see `parse`.)
+# folder_of_run does not hash these. Most of them do not change theta_1 .. theta_T. The others are
+# known in another way: the seed is in the name of the folder, and args.content has hashes of the
+# images and of W. (What changes theta_0 must be in the name of its file: see `experiment` in
+# mts.py. `row` is not an option: see `parse`.)
 NOT_FOR_THETA = WHERE_AND_WHICH | {"memory", "predictor", "label_smoothing", "row"}
 # These are not added to the name of a row: the memory is its first word, and the data set and the
 # splits stand above the table. Rows of different devices are told apart by a hash (see
@@ -323,7 +325,7 @@ def save_result(setting, args, seed, folder, figures, per_task, variant=""):
     result = options | {
         "setting": setting, "seed": seed, "device": device, "torch": torch.__version__,
         "digest": f"{digest}-{data.digest(code)}", "code": CODE | code,
-        # A figure may be a tensor, which JSON does not have.
+        # If you add a figure, it may be a tensor, and JSON has no tensors.
         "figures": {name: float(figure) for name, figure in figures.items()},
         "per_task": per_task}
     # Some characters, such as the ":" of a memory's options, are not allowed in a file's name.

@@ -33,8 +33,9 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x, n=None):           # (B, N, d) -> (B, n, d), the first n tokens; None: all
-        # The last block of a ViT needs only one token, the class token. All other blocks need all.
+    def forward(self, x, n=None):           # (B, N, d) -> (B, n, d)
+        # n: how many tokens are needed. The last block of a ViT needs only the first one, the class
+        # token. All other blocks need all (n is None).
         h = self.heads
         q = self.query(x[:, :n]).unflatten(2, (h, -1)).transpose(1, 2)      # (B, h, n, d / h)
         k = self.key(x).unflatten(2, (h, -1)).transpose(1, 2)               # (B, h, N, d / h)
@@ -54,7 +55,7 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
-    def forward(self, x, n=None):           # (B, N, d) -> (B, n, d), the first n tokens; None: all
+    def forward(self, x, n=None):           # (B, N, d) -> (B, n, d); n: see Attention
         x = x[:, :n] + self.attn(self.norm1(x), n)
         hidden = F.gelu(self.fc1(self.norm2(x)))                    # (B, n, 4 d)
         return x + self.fc2(hidden)
@@ -295,7 +296,8 @@ def resize_positions(pos_embed, m):
     # The class token has no place in the grid of patches, so its embedding stays as it is.
     of_token, of_patches = pos_embed.split([1, pos_embed.shape[1] - 1], dim=1)
     k = round(of_patches.shape[1] ** 0.5)
-    if k == m or k ** 2 != of_patches.shape[1]:         # no square: `load` will say so
+    # Nothing to resize. Or no square: then the weights do not fit, and `load` will say so.
+    if k == m or k ** 2 != of_patches.shape[1]:
         return pos_embed
     grid = of_patches.unflatten(1, (k, k)).permute(0, 3, 1, 2)      # (1, d, k, k)
     # We do what DINOv2's own code does. Without the 0.1, rounding may give m - 1 patches.

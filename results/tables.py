@@ -2,7 +2,8 @@
 
     python -m results.tables
 
-The results are those in this folder. Those of the section "(third edition)" are in third-edition/.
+The results are those in this folder. Those of the section "(with an older version)" are in
+third-edition/.
 """
 from pathlib import Path
 
@@ -74,7 +75,7 @@ QUESTIONS = [
      "This is the best predictor that we found. On TINet-100S, it finds as many tasks as the "
      "paper's, and elsewhere 0.8 to 1.6 points fewer.",
      THIS_EDITION, lambda r: is_mts(r) and options(r) == BEST),
-    ("How was this predictor chosen? (third edition)",
+    ("How was this predictor chosen? (with an older version)",
      "All of these were tested on held-out training images, and not on test images.",
      ["third-edition/validate.json"], lambda r: True),
     ("How good are glyphs on held-out images?",
