@@ -382,9 +382,11 @@ def save(path, content):
             scratch.write_bytes(buffer.getbuffer())
         scratch.replace(path)
     except OSError as error:
-        raise Mistake(f"cannot write {path}: {error}") from error
+        raise Mistake(f"cannot write {path} ({error}): name another folder, with --out or with "
+                      "--data-dir") from error
     finally:
-        scratch.unlink(missing_ok=True)         # if the disk is full, or after Ctrl-C
+        with contextlib.suppress(OSError):
+            scratch.unlink()                    # if the disk is full, or after Ctrl-C
 
 
 def read(path):
@@ -415,7 +417,8 @@ def digest(*parts):
 
 
 # The code of this program, as it is when it starts. So you can edit the files during a run.
-SOURCES = {path.name: path.read_bytes() for path in Path(__file__).parent.glob("[!.]*.py")}
+SOURCES = {path.name: path.read_bytes() for path in Path(__file__).parent.glob("[!.]*.py")
+           if path.is_file()}
 
 
 def digest_of_code(name):

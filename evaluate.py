@@ -73,19 +73,24 @@ def make_memory(text, dim):
 def find_memory(text):
     """The class NAME in the file NAME.py, for the text NAME[:OPTION=VALUE,..].
 
-    Upper and lower case do not matter in the class's name, and underscores do not, either. Raises
+    Upper and lower case do not matter in the class's name, and _ and - do not, either. Raises
     Mistake if there is no such class.
     """
     name, _, _ = text.partition(":")
     if f"{name}.py" in data.SOURCES:
         module = importlib.import_module(name)
         for word, thing in vars(module).items():
-            same_name = word.replace("_", "").lower() == name.replace("_", "").lower()
+            same_name = letters(word) == letters(name)
             if same_name and hasattr(thing, "write") and hasattr(thing, "read"):
                 return thing
     raise data.Mistake(f"there is no memory {name}: expected a file {name}.py beside til.py, and "
                        f"in it a class {name} with `write` and `read`. (Give the name alone: "
                        "nearest, for the class Nearest in nearest.py)")
+
+
+def letters(name):
+    """A name without upper case, and without _ and -."""
+    return name.lower().replace("_", "").replace("-", "")
 
 
 def parse_option(pair, text, default):
@@ -177,14 +182,14 @@ LEGEND = {
               "without a modulation",
     "mean": "control: the mean of all modulations, with the head of the task",
     "wrong": "control: the modulation of the task before, with the head of the task",
-    "none": "control: no modulation, with the head of the task. In MTS, controls get the predicted "
-            "task, and count like local",
+    "none": "control: no modulation, with the head of the task. (In MTS, all controls get the "
+            "predicted task, and count like local.)",
 }
 ABOUT_HASHES = (
     "A row with a hash in parentheses was made with other code, images or weights than another row "
-    "of its table, or on another kind of device. So do not compare them. The first half of the "
-    "hash stands for the training, and the second for the code of the memory, of evaluate.py, and "
-    "of til.py or mts.py.")
+    "of its table, with another PyTorch, or on another kind of device. So do not compare them. The "
+    "first half of the hash stands for the training, and the second for the code of the memory, of "
+    "evaluate.py, and of til.py or mts.py.")
 
 
 def tables(results):
@@ -258,14 +263,11 @@ def seeds_of(runs):
 def clash(a, b):
     """True if two results should not be compared, although the names of their rows do not show it.
 
-    Either the code of a file differs, or the images, or the weights of the ViT. Or the names are
-    equal, and the digests differ: then the results come from different devices.
+    The code of a file differs, or the images, the weights of the ViT, PyTorch, or the device.
     """
     hashes_a = a["code"] | a["content"]
     hashes_b = b["code"] | b["content"]
-    if any(hashes_a[name] != hashes_b[name] for name in hashes_a.keys() & hashes_b.keys()):
-        return True
-    return a["row"] == b["row"] and a["digest"] != b["digest"]
+    return any(hashes_a[name] != hashes_b[name] for name in hashes_a.keys() & hashes_b.keys())
 
 
 def cell(heading, runs):
@@ -346,10 +348,11 @@ def bench_memory(name, T, P):
     pairs = [lora.split_key(theta) for theta in thetas]
     start = time.perf_counter()
     for key, value in data.progress(pairs, "writing"):
-        memory.write(key, value)
+        memory.write(key.clone(), value)
     written = time.perf_counter()
-    # Copied, because a memory may use one tensor for all its answers.
-    recalled = [checked(memory.read(key), P).clone() for key, _ in data.progress(pairs, "reading")]
+    # The answers are copied, because a memory may use one tensor for all of them.
+    recalled = [checked(memory.read(key.clone()), P).clone()
+                for key, _ in data.progress(pairs, "reading")]
     read = time.perf_counter()
     return {
         "memory": name, "T": T,

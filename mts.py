@@ -17,7 +17,7 @@ import evaluate
 import til
 
 LR = (0.002, 0.0001)                            # at the start, at the end (paper, A.2)
-CODE = data.digest_of_code(Path(__file__).name)         # of this file: see `experiment`
+CODE_HASH = data.digest_of_code(Path(__file__).name)    # of this file: see `experiment`
 
 
 # ---- the two algorithms ------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def experiment(args, seed, train, test):
     memory = evaluate.make_memory(args.memory, len(net.theta))
     # The hash is of what matters for theta_0 alone. (What matters for all thetas is in the name of
     # the folder.)
-    variant = f"-{args.predictor}-{data.digest(args.label_smoothing, CODE)}"
+    variant = f"-{args.predictor}-{data.digest(args.label_smoothing, CODE_HASH)}"
     learn_predictor = make_learn_predictor(args, seed, net, folder / f"predictor{variant}.pt")
     learn = til.make_learn(args, seed, net, folder, tasks)
     predictor, keys, modulations = mts_training(tasks, train, memory, learn, learn_predictor)

@@ -17,12 +17,12 @@ which changes of yours begin a new folder.
 """
 import math
 import os
-import re
 import statistics
 import time
 import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
+from urllib.parse import quote
 
 import torch
 import torch.nn as nn
@@ -53,7 +53,7 @@ def til_training(tasks, train, memory, learn):
     Here, the memory is filled in place. We also return a Modulation for each task: Algorithm 2
     needs its head, and `experiment` compares its theta with what is recalled. (In line 9, A.1
     writes the key and all of theta_t. Section 3.1 writes the key and the rest of theta_t, as we
-    do.)
+    do.) A memory is given copies of the keys, so it may change them: to length 1, for example.
     """
     keys = []                                                   # 2
     modulations = []
@@ -62,7 +62,7 @@ def til_training(tasks, train, memory, learn):
         modulation = learn(t, images, labels)                   # 5, 6
         key, value = lora.split_key(modulation.theta)           # 7: k_t (A.1 writes v_t for it)
         keys.append(key)                                        # 8
-        memory.write(key, value)                                # 9
+        memory.write(key.clone(), value)                        # 9
         modulations.append(modulation)
     return keys, modulations                                    # 11
 
@@ -72,7 +72,7 @@ def til_inference(net, head, images, key, memory):
 
     As the task is known, so are its key and its head.
     """
-    theta_hat = memory.read(key)                                # 3
+    theta_hat = memory.read(key.clone())                        # 3
     return classify(net, head, images, theta_hat)               # 5
 
 
@@ -206,7 +206,8 @@ def print_time_left(n_tasks, seconds):
     minutes = n_tasks * seconds / 60
     print(f"the other tasks will take about {minutes:.1f} minutes", flush=True)
     if minutes > 30:
-        print("a GPU is much faster, and so is a smaller --image-size (see README.md)", flush=True)
+        print("a GPU is much faster, and so is --image-size 128 with vit_ti_16 (see README.md)",
+              flush=True)
 
 
 # ---- the experiment ----------------------------------------------------------------------------
@@ -242,7 +243,8 @@ def experiment(args, seed, train, test):
         for way, z in logits.items():
             per_task.setdefault(way, []).append(evaluate.percent(z.argmax(1) == labels))
         # Algorithm 2 returns only logits. So recall theta once more, to compare it with thetas[t].
-        errors.append(evaluate.recall_error(memory.read(keys[t]), thetas[t]))
+        theta_hat = memory.read(keys[t].clone())
+        errors.append(evaluate.recall_error(theta_hat, thetas[t]))
 
     faa = {way: evaluate.faa(accuracies) for way, accuracies in per_task.items()}
     figures = {
@@ -293,8 +295,7 @@ WHERE_AND_WHICH = {"weights", "data_dir", "out", "seeds", "predict", "task"}
 # mts.py. `row` is not an option: see `parse`.)
 NOT_FOR_THETA = WHERE_AND_WHICH | {"memory", "predictor", "label_smoothing", "row"}
 # These are not added to the name of a row: the memory is its first word, and the data set and the
-# splits stand above the table. Rows of different devices are told apart by a hash (see
-# evaluate.clash).
+# splits stand above the table. The device is in args.content, too (see load_images).
 NOT_IN_ROW = WHERE_AND_WHICH | {"memory", "dataset", "splits", "device"}
 
 
@@ -328,9 +329,10 @@ def save_result(setting, args, seed, folder, figures, per_task, variant=""):
         # If you add a figure, it may be a tensor, and JSON has no tensors.
         "figures": {name: float(figure) for name, figure in figures.items()},
         "per_task": per_task}
-    # Some characters, such as the ":" of a memory's options, are not allowed in a file's name.
-    name = re.sub(r"[^\w.,=+-]", "-", f"{setting}-{args.memory}{variant}")
-    path = folder / f"{name}.json"
+    # Some characters are not allowed in a file's name: `quote` writes them as numbers, such as %2F.
+    # (The ":" before a memory's options is frequent. It becomes a "-", which looks better.)
+    name = f"{setting}-{args.memory}{variant}".replace(":", "-", 1)
+    path = folder / f"{quote(name, safe='=,')}.json"
     data.save(path, result)
     print(f"wrote {path}", flush=True)
     return result
@@ -434,9 +436,11 @@ def set_up_torch(args):
 def load_images(args):
     """(train, test), as the options say."""
     train, test = data.load(args.dataset, args.data_dir)
-    # args.content has hashes: here of the images, and later of W (see folder_of_run). They are part
-    # of each result, so that a table does not average over other images or other weights.
-    args.content = {"images": data.digest(train.images, train.labels, test.images, test.labels)}
+    # What else the figures depend on. It is part of each result, so that a table does not average
+    # over other images, for example. (make_network adds a hash of W.)
+    args.content = {
+        "images": data.digest(train.images, train.labels, test.images, test.labels),
+        "PyTorch": f"{torch.__version__} on {args.device}, W in {args.dtype}"}
     if args.validate:
         train, test = data.hold_out(train)
     return train, test
@@ -448,8 +452,8 @@ def main(parser, run_one_seed):
     args.dtype = set_up_torch(args)
     train, test = load_images(args)
     # torchrun starts several processes, and numbers them. Each takes its share of the seeds.
-    process = int(os.environ.get("RANK", 0))
     n_processes = int(os.environ.get("WORLD_SIZE", 1))
+    process = int(os.environ["RANK"]) if n_processes > 1 else 0
     seeds = sorted({*args.seeds})               # a seed that was given twice runs once
     results = [run_one_seed(args, seed, train, test) for seed in seeds[process::n_processes]]
     if not args.predict:
