@@ -350,9 +350,8 @@ def bench_memory(name, T, P):
     for key, value in data.progress(pairs, "writing"):
         memory.write(key.clone(), value)
     written = time.perf_counter()
-    # The answers are copied, because a memory may use one tensor for all of them.
-    recalled = [checked(memory.read(key.clone()), P).clone()
-                for key, _ in data.progress(pairs, "reading")]
+    # Copied, because a memory may use one tensor for all its answers.
+    recalled = [checked(memory.read(key), P).clone() for key, _ in data.progress(pairs, "reading")]
     read = time.perf_counter()
     return {
         "memory": name, "T": T,

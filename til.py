@@ -243,8 +243,7 @@ def experiment(args, seed, train, test):
         for way, z in logits.items():
             per_task.setdefault(way, []).append(evaluate.percent(z.argmax(1) == labels))
         # Algorithm 2 returns only logits. So recall theta once more, to compare it with thetas[t].
-        theta_hat = memory.read(keys[t].clone())
-        errors.append(evaluate.recall_error(theta_hat, thetas[t]))
+        errors.append(evaluate.recall_error(memory.read(keys[t]), thetas[t]))
 
     faa = {way: evaluate.faa(accuracies) for way, accuracies in per_task.items()}
     figures = {
