@@ -369,21 +369,24 @@ def save(path, content):
 
     The file is first written beside `path`, and then renamed. So nobody ever finds half a file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        content = json.dumps(content, default=str).encode()             # paths become text
+    else:
+        # First to memory: on a full disk, torch.save would end in a traceback.
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        content = buffer.getbuffer()
     # The random number is there because another command may write the same file at this moment.
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
-        if path.suffix == ".json":
-            scratch.write_text(json.dumps(content, default=str))        # paths become text
-        else:
-            # First to memory: on a full disk, torch.save would end in a traceback.
-            buffer = io.BytesIO()
-            torch.save(content, buffer)
-            scratch.write_bytes(buffer.getbuffer())
+        if path.exists() and path.read_bytes() == content:
+            return                              # also if this disk can only be read
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch.write_bytes(content)
         scratch.replace(path)
     except OSError as error:
-        raise Mistake(f"cannot write {path} ({error}): name another folder, with --out or with "
-                      "--data-dir") from error
+        raise Mistake(f"cannot write {path} ({error}): use another --out or --data-dir"
+                      ) from error
     finally:
         with contextlib.suppress(OSError):
             scratch.unlink()                    # if the disk is full, or after Ctrl-C

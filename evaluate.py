@@ -73,24 +73,19 @@ def make_memory(text, dim):
 def find_memory(text):
     """The class NAME in the file NAME.py, for the text NAME[:OPTION=VALUE,..].
 
-    Upper and lower case do not matter in the class's name, and _ and - do not, either. Raises
+    Upper and lower case do not matter in the class's name, and underscores do not, either. Raises
     Mistake if there is no such class.
     """
     name, _, _ = text.partition(":")
     if f"{name}.py" in data.SOURCES:
         module = importlib.import_module(name)
         for word, thing in vars(module).items():
-            same_name = letters(word) == letters(name)
+            same_name = word.replace("_", "").lower() == name.replace("_", "").lower()
             if same_name and hasattr(thing, "write") and hasattr(thing, "read"):
                 return thing
     raise data.Mistake(f"there is no memory {name}: expected a file {name}.py beside til.py, and "
                        f"in it a class {name} with `write` and `read`. (Give the name alone: "
                        "nearest, for the class Nearest in nearest.py)")
-
-
-def letters(name):
-    """A name without upper case, and without _ and -."""
-    return name.lower().replace("_", "").replace("-", "")
 
 
 def parse_option(pair, text, default):

@@ -256,9 +256,13 @@ def experiment(args, seed, train, test):
 def make_network(args):
     """The network that all tasks share."""
     backbone = vit.load(args.backbone, args.weights, args.image_size)
-    # args.content has a hash of the images (see load_images), and gets one of W. folder_of_run uses
-    # both. W also depends on the image size, because the position embeddings are resized for it.
-    args.content[f"{args.backbone}, {args.image_size} pixels"] = data.digest(*backbone.parameters())
+    # args.content has a hash of the images (see load_images), and gets hashes of W. folder_of_run
+    # uses them. The position embeddings have one of their own, because they are resized for the
+    # image size.
+    weights = backbone.state_dict()
+    positions = weights.pop("pos_embed")
+    args.content[args.backbone] = data.digest(*weights.values())
+    args.content[f"{args.backbone}, {args.image_size} pixels"] = data.digest(positions)
     # W is never trained, so bfloat16 is precise enough for it. (See set_up_torch: on a CPU, it is
     # float32.) Theta and the heads are made later, and stay float32: bfloat16 would round AdamW's
     # small steps away.
@@ -308,7 +312,10 @@ def folder_of_run(args, seed):
     digest = data.digest(options, CODE)
     run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
     folder = args.out / run
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise data.Mistake(f"cannot make {folder} ({error}): use another --out") from error
     return folder
 
 
@@ -451,8 +458,10 @@ def main(parser, run_one_seed):
     args.dtype = set_up_torch(args)
     train, test = load_images(args)
     # torchrun starts several processes, and numbers them. Each takes its share of the seeds.
-    n_processes = int(os.environ.get("WORLD_SIZE", 1))
-    process = int(os.environ["RANK"]) if n_processes > 1 else 0
+    process, n_processes = 0, 1
+    if torch.distributed.is_torchelastic_launched():        # by torchrun
+        process = int(os.environ["RANK"])
+        n_processes = int(os.environ["WORLD_SIZE"])
     seeds = sorted({*args.seeds})               # a seed that was given twice runs once
     results = [run_one_seed(args, seed, train, test) for seed in seeds[process::n_processes]]
     if not args.predict:
