@@ -32,7 +32,7 @@ from PIL import Image, ImageOps             # Pillow comes with torchvision
 class Images(NamedTuple):
     """A part of a data set: the images to train on, or those to test on."""
     images: torch.Tensor                    # uint8 (N, 3, h, w), RGB
-    labels: torch.Tensor                    # int64 (N,), index into classes, from 0
+    labels: torch.Tensor                    # int64 (N,), index into classes; each occurs
     classes: list                           # the names of the classes
 
 
@@ -48,7 +48,7 @@ def load(name, data_dir):
         # This is for loaders that you add.
         fits = (images.dtype == torch.uint8 and images.shape[:2] == (len(labels), 3)
                 and labels.dtype == torch.int64
-                and labels.min() >= 0 and labels.max() < len(classes))
+                and labels.unique().tolist() == list(range(len(classes))))
         if not fits:
             raise Mistake(f"{name}: the images or labels are not as `Images` in data.py says")
     return train, test

@@ -79,7 +79,9 @@ def find_memory(text):
     name, _, _ = text.partition(":")
     if f"{name}.py" in data.SOURCES:
         module = importlib.import_module(name)
-        for word, thing in vars(module).items():
+        # From the end: first what the file defines, and then what it imports, such as Hopfield for
+        # a class HopField.
+        for word, thing in reversed(vars(module).items()):
             same_name = word.replace("_", "").lower() == name.replace("_", "").lower()
             if same_name and hasattr(thing, "write") and hasattr(thing, "read"):
                 return thing
