@@ -32,7 +32,7 @@ from PIL import Image, ImageOps             # Pillow comes with torchvision
 class Images(NamedTuple):
     """A part of a data set: the images to train on, or those to test on."""
     images: torch.Tensor                    # uint8 (N, 3, h, w), RGB
-    labels: torch.Tensor                    # int64 (N,), index into classes; each occurs
+    labels: torch.Tensor                    # int64 (N,), index into classes, each of which occurs
     classes: list                           # the names of the classes
 
 
