@@ -380,7 +380,7 @@ def save(path, content):
     scratch = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
         if path.exists() and path.read_bytes() == content:
-            return                              # also if this disk can only be read
+            return                              # nothing to do, and the disk may be read-only
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_bytes(content)
         scratch.replace(path)

@@ -79,8 +79,8 @@ def find_memory(text):
     name, _, _ = text.partition(":")
     if f"{name}.py" in data.SOURCES:
         module = importlib.import_module(name)
-        # From the end: first what the file defines, and then what it imports, such as Hopfield for
-        # a class HopField.
+        # We look from the end. So if a file imports Hopfield, and then defines a class HopField of
+        # its own, its own class is found.
         for word, thing in reversed(vars(module).items()):
             same_name = word.replace("_", "").lower() == name.replace("_", "").lower()
             if same_name and hasattr(thing, "write") and hasattr(thing, "read"):

@@ -214,7 +214,7 @@ def print_time_left(n_tasks, seconds):
 def experiment(args, seed, train, test):
     """Algorithms 1 and 2, and the controls. The "figures" of its result are a row in the table."""
     tasks = data.split(len(train.classes), args.splits, seed)
-    net = make_network(args)                # before folder_of_run: it puts a hash of W into args
+    net = make_network(args)                # before folder_of_run: it puts hashes of W in args
     folder = folder_of_run(args, seed)                          # for what is trained
     memory = evaluate.make_memory(args.memory, len(net.theta))
     learn = make_learn(args, seed, net, folder, tasks)
@@ -305,8 +305,8 @@ NOT_IN_ROW = WHERE_AND_WHICH | {"memory", "dataset", "splits", "device"}
 def folder_of_run(args, seed):
     """The folder for what is trained. Its name ends with a hash of what the training depends on.
 
-    This is: the options (also those that you add), the code, the images, and W. (The hashes of the
-    images and of W are in args.content. load_images and make_network have put them there.)
+    This is: the options (also those that you add), the code, the images, W, and PyTorch. (The last
+    three are in args.content. load_images and make_network have put them there.)
     """
     options = {name: value for name, value in vars(args).items() if name not in NOT_FOR_THETA}
     digest = data.digest(options, CODE)
@@ -442,8 +442,9 @@ def set_up_torch(args):
 def load_images(args):
     """(train, test), as the options say."""
     train, test = data.load(args.dataset, args.data_dir)
-    # What else the figures depend on. It is part of each result, so that a table does not average
-    # over other images, for example. (make_network adds a hash of W.)
+    # What the figures depend on, besides the options and the code. It is part of each result, so
+    # that a table does not average over different images, for example. (make_network adds hashes of
+    # W.)
     args.content = {
         "images": data.digest(train.images, train.labels, test.images, test.labels),
         "PyTorch": f"{torch.__version__} on {args.device}, W in {args.dtype}"}
@@ -459,7 +460,7 @@ def main(parser, run_one_seed):
     train, test = load_images(args)
     # torchrun starts several processes, and numbers them. Each takes its share of the seeds.
     process, n_processes = 0, 1
-    if torch.distributed.is_torchelastic_launched():        # by torchrun
+    if torch.distributed.is_torchelastic_launched():        # is this one of them?
         process = int(os.environ["RANK"])
         n_processes = int(os.environ["WORLD_SIZE"])
     seeds = sorted({*args.seeds})               # a seed that was given twice runs once
