@@ -118,7 +118,8 @@ def cifar100(data_dir):
     parts = []
     for train in (True, False):
         with downloading(data_dir, "cifar-100-python"):
-            part = CIFAR100(data_dir, train=train, download=True)   # it checks the files' md5 sums
+            # The first download brings the test images, too. CIFAR100 checks its files' md5 sums.
+            part = CIFAR100(data_dir, train=train, download=train)
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2)    # (N, 3, 32, 32)
         parts.append(Images(images.contiguous(), torch.tensor(part.targets), part.classes))
     return parts
