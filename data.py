@@ -33,7 +33,7 @@ class Images(NamedTuple):
     """A part of a data set: the images to train on, or those to test on."""
     images: torch.Tensor                    # uint8 (N, 3, h, w), RGB
     labels: torch.Tensor                    # int64 (N,), index into classes, each of which occurs
-    classes: list                           # the names of the classes
+    classes: list                           # their names, the same for training and for testing
 
 
 class Mistake(Exception):
@@ -48,7 +48,8 @@ def load(name, data_dir):
         # This is for loaders that you add.
         fits = (images.dtype == torch.uint8 and images.shape[:2] == (len(labels), 3)
                 and labels.dtype == torch.int64
-                and labels.unique().tolist() == list(range(len(classes))))
+                and labels.unique().tolist() == list(range(len(classes)))
+                and list(classes) == list(train.classes))
         if not fits:
             raise Mistake(f"{name}: the images or labels are not as `Images` in data.py says")
     return train, test
@@ -232,7 +233,8 @@ def folder(data_dir):
 def class_names(root):
     """The names of the folders in `root`, one for each class."""
     if not root.is_dir():
-        raise Mistake(f"there is no folder {root}: expected {root}/<class>/<picture>")
+        raise Mistake(f"there is no folder {root}: in the folder that you name with --data-dir, "
+                      "expected train/<class>/<picture>, and the same in test/ or in val/")
     return [path.name for path in choose(root, Path.is_dir, "folder of a class")]
 
 
@@ -386,7 +388,8 @@ def save(path, content):
         scratch.write_bytes(content)
         scratch.replace(path)
     except OSError as error:
-        raise Mistake(f"cannot write {path} ({error}): use another --out or --data-dir"
+        raise Mistake(f"cannot write {path} ({error}): use another folder, with --out or "
+                      "--data-dir. If you copy into it what is here, nothing is made again"
                       ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -301,17 +301,18 @@ def find_results(paths):
         if not found:
             others.append(str(file))
     if others:
-        print("no results in", ", ".join(others))
+        print("no results can be read from", ", ".join(others))
     if not results:
         raise data.Mistake("there are no results in " + ", ".join(map(str, paths)))
     return results
 
 
 def results_in(file):
-    """The results in a file. If it is JSON, it may hold one, a list of them, or something else."""
-    if file.suffix != ".json":
+    """The results in a file. It may hold one, a list of them, or something else."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):           # no JSON, or damaged
         return []
-    content = data.read(file)
     entries = content if isinstance(content, list) else [content]
     return [entry | {"path": file} for entry in entries
             if isinstance(entry, dict) and {"setting", "row", "figures", "content"} <= entry.keys()]

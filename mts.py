@@ -138,7 +138,7 @@ def experiment(args, seed, train, test):
     """
     tasks = data.split(len(train.classes), args.splits, seed)
     net = til.make_network(args)            # before folder_of_run: it puts hashes of W in args
-    folder = til.folder_of_run(args, seed)
+    folder = til.folder_of_run(args, seed, train, test)
     memory = evaluate.make_memory(args.memory, len(net.theta))
     # The hash is of what matters for theta_0 alone. (What matters for all thetas is in the name of
     # the folder.)

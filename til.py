@@ -215,7 +215,7 @@ def experiment(args, seed, train, test):
     """Algorithms 1 and 2, and the controls. The "figures" of its result are a row in the table."""
     tasks = data.split(len(train.classes), args.splits, seed)
     net = make_network(args)                # before folder_of_run: it puts hashes of W in args
-    folder = folder_of_run(args, seed)                          # for what is trained
+    folder = folder_of_run(args, seed, train, test)             # for what is trained
     memory = evaluate.make_memory(args.memory, len(net.theta))
     learn = make_learn(args, seed, net, folder, tasks)
     keys, modulations = til_training(tasks, train, memory, learn)
@@ -256,13 +256,16 @@ def experiment(args, seed, train, test):
 def make_network(args):
     """The network that all tasks share."""
     backbone = vit.load(args.backbone, args.weights, args.image_size)
-    # args.content has a hash of the images (see load_images), and gets hashes of W. folder_of_run
-    # uses them. The position embeddings have one of their own, because they are resized for the
-    # image size.
+    # What the figures depend on, besides the options and the code. It is part of each result, so
+    # that a table does not average over different weights, for example. (folder_of_run adds a hash
+    # of the images. The position embeddings have a hash of their own, because they are resized for
+    # the image size.)
     weights = backbone.state_dict()
     positions = weights.pop("pos_embed")
-    args.content[args.backbone] = data.digest(*weights.values())
-    args.content[f"{args.backbone}, {args.image_size} pixels"] = data.digest(positions)
+    args.content = {
+        "PyTorch": f"{torch.__version__} on {args.device}, W in {args.dtype}",
+        args.backbone: data.digest(*weights.values()),
+        f"{args.backbone}, {args.image_size} pixels": data.digest(positions)}
     # W is never trained, so bfloat16 is precise enough for it. (See set_up_torch: on a CPU, it is
     # float32.) Theta and the heads are made later, and stay float32: bfloat16 would round AdamW's
     # small steps away.
@@ -295,19 +298,20 @@ WHERE_AND_WHICH = {"weights", "data_dir", "out", "seeds", "predict", "task"}
 # folder_of_run does not hash these. Most of them do not change theta_1 .. theta_T. The others are
 # known in another way: the seed is in the name of the folder, and args.content has hashes of the
 # images and of W. (What changes theta_0 must be in the name of its file: see `experiment` in
-# mts.py. `row` is not an option: see `parse`.)
-NOT_FOR_THETA = WHERE_AND_WHICH | {"memory", "predictor", "label_smoothing", "row"}
+# mts.py. `defaults` is not an option: see `parse`.)
+NOT_FOR_THETA = WHERE_AND_WHICH | {"memory", "predictor", "label_smoothing", "defaults"}
 # These are not added to the name of a row: the memory is its first word, and the data set and the
-# splits stand above the table. The device is in args.content, too (see load_images).
+# splits stand above the table. The device is in args.content, too (see make_network).
 NOT_IN_ROW = WHERE_AND_WHICH | {"memory", "dataset", "splits", "device"}
 
 
-def folder_of_run(args, seed):
+def folder_of_run(args, seed, train, test):
     """The folder for what is trained. Its name ends with a hash of what the training depends on.
 
     This is: the options (also those that you add), the code, the images, W, and PyTorch. (The last
-    three are in args.content. load_images and make_network have put them there.)
+    two are already in args.content. make_network has put them there.)
     """
+    args.content["images"] = data.digest(train.images, train.labels, test.images, test.labels)
     options = {name: value for name, value in vars(args).items() if name not in NOT_FOR_THETA}
     digest = data.digest(options, CODE)
     run = f"{args.dataset}-{args.splits}s-{args.backbone}-r{args.rank}-seed{seed}-{digest}"
@@ -328,9 +332,11 @@ def save_result(setting, args, seed, folder, figures, per_task, variant=""):
     if args.device == "cuda":
         device = torch.cuda.get_device_name()
     _, digest = folder.name.rsplit("-", 1)      # the hash at its end
-    options = {name: value for name, value in vars(args).items() if name not in WHERE_AND_WHICH}
+    options = {name: value for name, value in vars(args).items()
+               if name not in WHERE_AND_WHICH | {"defaults"}}
     result = options | {
-        "setting": setting, "seed": seed, "device": device, "torch": torch.__version__,
+        "setting": setting, "row": name_of_row(args), "seed": seed, "device": device,
+        "torch": torch.__version__,
         "digest": f"{digest}-{data.digest(code)}", "code": CODE | code,
         # If you add a figure, it may be a tensor, and JSON has no tensors.
         "figures": {name: float(figure) for name, figure in figures.items()},
@@ -376,8 +382,7 @@ def make_parser(description):
 
 def parse(parser):
     """The options of the command line. Raises Mistake if they contradict each other."""
-    # Some defaults depend on other options. So we parse, set these defaults, and parse again. (The
-    # parser must know them, because name_of_row asks which options are not the default.)
+    # Some defaults depend on other options. So we parse, set these defaults, and parse again.
     args = parser.parse_args()
     glyphs = args.dataset == "glyphs"
     default = "vit_micro" if glyphs else "vit_ti_16"
@@ -392,15 +397,16 @@ def parse(parser):
         if "task" in args and args.task not in range(1, args.splits + 1):
             raise data.Mistake(f"--predict needs --task, from 1 to {args.splits}")
     evaluate.find_memory(args.memory)           # raises Mistake if there is none
-    args.row = name_of_row(args, parser)
+    args.defaults = {name: parser.get_default(name) for name in vars(args)}     # for name_of_row
     return args
 
 
-def name_of_row(args, parser):
+def name_of_row(args):
     """The name of a row in the tables: the memory, and all options that are not the default."""
     words = [args.memory]
-    for name, value in vars(args).items():
-        if name not in NOT_IN_ROW and value != parser.get_default(name):
+    for name, default in args.defaults.items():
+        value = getattr(args, name)
+        if name not in NOT_IN_ROW and value != default:
             words.append("--" + name.replace("_", "-"))
             if value is not True:
                 words.append(str(value))
@@ -442,12 +448,6 @@ def set_up_torch(args):
 def load_images(args):
     """(train, test), as the options say."""
     train, test = data.load(args.dataset, args.data_dir)
-    # What the figures depend on, besides the options and the code. It is part of each result, so
-    # that a table does not average over different images, for example. (make_network adds hashes of
-    # W.)
-    args.content = {
-        "images": data.digest(train.images, train.labels, test.images, test.labels),
-        "PyTorch": f"{torch.__version__} on {args.device}, W in {args.dtype}"}
     if args.validate:
         train, test = data.hold_out(train)
     return train, test

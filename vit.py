@@ -234,6 +234,8 @@ def read_weights(path):
         for part in ("model", "state_dict", "model_state_dict"):
             state = state.get(part, state)
         return {name: weight.float() for name, weight in state.items()}
+    except FileNotFoundError as error:
+        raise Mistake(f"there is no file {path} with weights") from error
     except Exception as error:              # of many kinds: it depends on what the file is
         raise Mistake(f"{path} holds no weights, or is damaged ({error}): expected a dictionary of "
                       "tensors, written by torch.save (and not .safetensors). If it is a download "
