@@ -79,8 +79,8 @@ def task(part, classes):
 
 def task_labels(part, tasks):
     """For each image, its task (N,) and its label within the task (N,), both counted from 0."""
-    task_of = torch.zeros(len(part.classes), dtype=torch.int64)     # of each class
-    label_of = torch.zeros_like(task_of)
+    task_of = torch.full((len(part.classes),), -1)      # of each class; -1: it is in no task
+    label_of = torch.full_like(task_of, -1)
     for t, classes in enumerate(tasks):
         task_of[classes] = t
         label_of[classes] = torch.arange(len(classes))
@@ -116,11 +116,13 @@ def generator(*numbers):
 def cifar100(data_dir):
     """CIFAR-100 (Krizhevsky, 2009): 100 classes of 500 + 100 images, 32 x 32 pixels."""
     from torchvision.datasets import CIFAR100           # here, because this import takes 2 seconds
+    # CIFAR100 checks the md5 sums of the files. It would replace a file that somebody has changed,
+    # so it may only download them if there is nothing yet.
+    missing = not (data_dir / "cifar-100-python").exists()
     parts = []
     for train in (True, False):
-        with downloading(data_dir, "cifar-100-python"):
-            # The first download brings the test images, too. CIFAR100 checks its files' md5 sums.
-            part = CIFAR100(data_dir, train=train, download=train)
+        with downloading(data_dir / "cifar-100-python"):
+            part = CIFAR100(data_dir, train=train, download=missing)
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2)    # (N, 3, 32, 32)
         parts.append(Images(images.contiguous(), torch.tensor(part.targets), part.classes))
     return parts
@@ -141,7 +143,7 @@ def tinyimagenet(data_dir):
         root = data_dir / "tiny-imagenet-200"
         lists = ("wnids.txt", "words.txt", "val/val_annotations.txt")
         if not all((root / name).exists() for name in lists):
-            with downloading(data_dir, "tiny-imagenet-200"):
+            with downloading(root):
                 download_and_extract_archive(
                     "http://cs231n.stanford.edu/tiny-imagenet-200.zip", data_dir,
                     md5="90528d7ca1a48142e341f4ef8d21d0de")
@@ -191,15 +193,15 @@ def list_tinyimagenet(root, wnids):
 
 
 @contextlib.contextmanager
-def downloading(data_dir, name):
-    """Turns whatever goes wrong when torchvision downloads the folder `name` into a Mistake."""
+def downloading(folder):
+    """Turns whatever goes wrong when torchvision downloads or reads this folder into a Mistake."""
     try:
         yield
     except Exception as error:              # of many kinds: a network can fail in many ways
-        raise Mistake(f"--data-dir {data_dir} should hold a folder {name}, and this folder is "
-                      f"missing or damaged, and cannot be downloaded ({error}). A download needs a "
-                      "network, but only once. If another command downloads at this moment, wait "
-                      "for it. If a file was cut short, remove it") from error
+        raise Mistake(f"the folder {folder} is missing and cannot be downloaded, or its files are "
+                      f"not as they were published ({error}). A download needs a network, but only "
+                      "once. If another command downloads at this moment, wait for it. If the "
+                      "folder is there, rename or remove it, and it is downloaded anew") from error
 
 
 # ---- pictures of your own ----------------------------------------------------------------------
@@ -466,6 +468,7 @@ def share(text):
 def progress(items, label):
     """Yields the items, and counts them: on a terminal always, and elsewhere once a minute."""
     on_terminal = sys.stderr.isatty()
+    count = ""
     for i, item in enumerate(items, 1):
         count = f"{label} {i} of {len(items)}"
         if on_terminal:
@@ -475,7 +478,7 @@ def progress(items, label):
             progress.shown = time.monotonic()
         yield item
     if on_terminal:
-        print(70 * " ", end="\r", file=sys.stderr)      # wipe the line
+        print(" " * len(count), end="\r", file=sys.stderr)      # wipe the line
 
 
 progress.shown = time.monotonic()           # when a count was last printed, by any loop

@@ -183,8 +183,9 @@ LEGEND = {
             "predicted task, and count like local.)",
 }
 ABOUT_HASHES = (
-    "A row with a hash in parentheses was made with other code, images or weights than another row "
-    "of its table, with another PyTorch, or on another kind of device. So do not compare them. The "
+    "A row with a hash in parentheses was made with other code, images, weights or options than "
+    "another row of its table, with another PyTorch, or on another kind of device, although their "
+    "names may not show it. So do not compare them. The "
     "first half of the hash stands for the training, and the second for the code of the memory, of "
     "evaluate.py, and of til.py or mts.py.")
 
@@ -222,9 +223,11 @@ def table(command, results):
     # as --rank 4. Apart from that, the rows are in the order in which the results were found.
     for name, digest in sorted(rows, key=lambda row: row[0].count(" --")):
         runs = rows[name, digest]
-        # The digest is shown if there is another row with which this one should not be compared.
+        # The digest is shown if there is another row with the same name, or one with which this row
+        # should not be compared.
         shown = f"`{name}`"
-        if any(clash(runs[0], result) for result in results):
+        same_name = [row for row in rows if row[0] == name]
+        if len(same_name) > 1 or any(clash(runs[0], result) for result in results):
             shown = f"`{name} ({digest})`"
         cells = [cell(heading, runs) for heading in headings]
         lines.append(line(shown, seeds_of(runs), *cells))

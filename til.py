@@ -155,14 +155,14 @@ def find_or_train(path, net, images, labels, n_outputs, recipe, generator):
     # Our random numbers come from `generator`. If you change new_head, your head may draw from
     # PyTorch's own generator, as nn.Linear and dropout do. So we seed that one, too.
     torch.manual_seed(generator.initial_seed())
+    net.reset(generator)                                            # line 5
+    head = new_head(net, n_outputs, generator)
     if path.exists():
         content = data.read(path)
-        head = new_head(net, n_outputs, generator)
+        net.theta.data.copy_(content["theta"])                      # as after the training
         head.load_state_dict(content["head"])
         return Modulation(content["theta"], head)
     start = time.perf_counter()
-    net.reset(generator)                                            # line 5
-    head = new_head(net, n_outputs, generator)
     accuracy = fit(net, head, images, labels, recipe, generator)    # line 6
     theta = net.theta.detach().cpu().clone()
     if not theta.isfinite().all():
