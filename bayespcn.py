@@ -2,7 +2,8 @@
 
 The idea
     The memory is a small network that generates theta from the top down. It has four layers of
-    activations, x^0 to x^3, and three weight matrices. Each layer predicts the one below it:
+    activations, x^0 to x^3, and three weight matrices. (The number of a layer stands at the top. It
+    is no power.) Each layer predicts the one below it:
 
                      write                                   read
         x^3   [        ?        ]  searched       [        ?        ]  searched
@@ -34,9 +35,9 @@ What is Bayesian about it
 
     Why do later writes not destroy what earlier ones have stored? Theta is predicted from
     z = GELU(x^1), as z R_0, which is linear in z. So each theta needs a direction of z of its own.
-    (In the same direction, a shorter z gives the same theta, but shorter.) So an address has two
-    parts: the direction of z says which theta is meant, and the length of z says how much of it is
-    recalled. Two things protect what is stored:
+    (If z becomes shorter in its direction, theta also becomes shorter in its own.) So an address
+    has two parts: the direction of z says which theta is meant, and the length of z says how much
+    of it is recalled. Two things protect what is stored:
         - The search of a write ends in an unused direction. There, the memory is in doubt (the
           variance v_0 of its prediction, below, is large), so any theta is possible. In a direction
           that was used before, the memory is sure of its prediction, so a new theta is very
@@ -155,8 +156,8 @@ class BayesPCN:
         self.s2 = sigma_obs ** 2
         self.n_written = 0
         # The belief before the first write: the means are small random numbers. All is float64,
-        # because float32 is too coarse: |E| reaches 60,000, and a search ends when E changes by
-        # less than 0.001.
+        # because float32 is too coarse: |E| reaches 60,000 on glyphs, and a search ends when E
+        # changes by less than 0.001.
         widths = [dim] + [hidden] * (layers - 2)                            # of x^0, x^1, x^2
         self.R = [self.noise(l, hidden, width) for l, width in enumerate(widths)]   # (H, width)
         self.U = [sigma_prior ** 2 * torch.eye(hidden, dtype=torch.float64) for _ in widths]

@@ -293,8 +293,8 @@ def glyphs(data_dir, n_train=22, n_test=8):
     The mirror images are there because training mirrors pictures, which must not change the class.
 
     If the controls were as good as the modulations, glyphs would teach us nothing. So the look of
-    the glyphs was tuned, and n_train was chosen on --validate, until `none` was about 15 points
-    below FAA_GT, and `wrong` about 10.
+    the glyphs was tuned on their test images. Then n_train was chosen on --validate: there, `none`
+    is about 15 points below FAA_GT, and `wrong` about 10.
     """
     classes = [f"glyph {label:02d}" for label in range(100)]
     # Drawing i is made from the seed i. These four seeds would repeat an earlier drawing.

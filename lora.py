@@ -11,8 +11,8 @@ vector, are the modulation theta of a task (section 3.1, where (+) joins two vec
 
     theta = w_q(1) (+) w_v(1) (+) w_q(2) (+) .. (+) w_v(L)
 
-w_q(1) are the elements of the A of the query in block 1, and then those of its B. L is the number
-of blocks. How it is used:
+w_q(1) are the elements of the A of the query in block 1, and then those of its B. (The paper does
+not say whether A or B comes first.) L is the number of blocks. How it is used:
 
     net = ModulatedViT(vit, rank=8)
     net.theta                           # (P,): the only parameter of net that is trained

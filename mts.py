@@ -97,7 +97,7 @@ def flips_and_crops(n, generator):
     """Changes for n images: those of til.flips, and a random square is cut out of each image.
 
     The square has 35 to 100 % of the image's area. With flips alone, the predictor would see only
-    the same two pictures of an image in all ten epochs.
+    the same two pictures of an image in all epochs.
     """
     area = 0.35 + 0.65 * torch.rand(n, 1, generator=generator)
     side = area.sqrt()
@@ -137,7 +137,7 @@ def experiment(args, seed, train, test):
     Returns a dictionary, whose "figures" are the numbers of a row in the table.
     """
     tasks = data.split(len(train.classes), args.splits, seed)
-    net = til.make_network(args)            # before folder_of_run: it puts hashes of W in args
+    net = til.make_network(args)                # also puts hashes of W into args, for folder_of_run
     folder = til.folder_of_run(args, seed, train, test)
     memory = evaluate.make_memory(args.memory, len(net.theta))
     # The hash is of what matters for theta_0 alone. (What matters for all thetas is in the name of

@@ -90,7 +90,7 @@ def classify(net, head, images, theta):
 
 # ---- how a modulation is trained: lines 5 and 6 of Algorithm 1 ---------------------------------
 def flips(n, generator):
-    """Arguments of ViT.prepare for n images: each is mirrored with a probability of 1/2."""
+    """Chooses which of n images are mirrored: about half. Returns arguments of ViT.prepare."""
     return {"flip": torch.rand(n, generator=generator) < 0.5}
 
 
@@ -158,8 +158,10 @@ def find_or_train(path, net, images, labels, n_outputs, recipe, generator):
     net.reset(generator)                                            # line 5
     head = new_head(net, n_outputs, generator)
     if path.exists():
+        # The numbers from the file replace the random ones. Then net and head are as if they had
+        # just been trained.
         content = data.read(path)
-        net.theta.data.copy_(content["theta"])                      # as after the training
+        net.theta.data.copy_(content["theta"])
         head.load_state_dict(content["head"])
         return Modulation(content["theta"], head)
     start = time.perf_counter()
@@ -214,7 +216,7 @@ def print_time_left(n_tasks, seconds):
 def experiment(args, seed, train, test):
     """Algorithms 1 and 2, and the controls. The "figures" of its result are a row in the table."""
     tasks = data.split(len(train.classes), args.splits, seed)
-    net = make_network(args)                # before folder_of_run: it puts hashes of W in args
+    net = make_network(args)                    # also puts hashes of W into args, for folder_of_run
     folder = folder_of_run(args, seed, train, test)             # for what is trained
     memory = evaluate.make_memory(args.memory, len(net.theta))
     learn = make_learn(args, seed, net, folder, tasks)

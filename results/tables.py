@@ -61,8 +61,8 @@ QUESTIONS = [
      and (r["dataset"], r["splits"]) == ("cifar100", 20)),
     ("What about another ViT, and images of 112 pixels?",
      "With this ViT-S/14, a head loses 17 to 34 points without its modulation (`none`, `wrong`). "
-     "BayesPCN with `read=joint` loses 3.6 to 4.6 points, more than with the ViT-Ti/16. New heads "
-     "(`linear`) are 0.2 to 2.9 points worse.",
+     "BayesPCN with `read=joint` loses 3.58 to 4.65 points, more than with the ViT-Ti/16. New "
+     "heads (`linear`) are 0.23 to 2.95 points worse.",
      THIS_EDITION, lambda r: is_til(r) and options(r) == "--backbone dinov2_vits14"),
     ("Does the rank of LoRA matter?",
      "Not for what recall costs. (The `error` of BayesPCN falls a little as the rank grows.) With "
