@@ -14,6 +14,7 @@ from PIL import Image
 
 import data
 import lora
+import til
 from hopfield import Hopfield
 
 BLUE, ORANGE, GREY, DARK = "#0072b2", "#d55e00", "#bbbbbb", "#333333"
@@ -28,7 +29,13 @@ def main():
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     result = data.read(args.run / "til-hopfield.json")
-    train, _ = data.load(result["dataset"], args.data_dir)
+    args.dataset = result["dataset"]
+    args.validate = result["validate"]
+    train, test = til.load_images(args)
+    images = data.digest(train.images, train.labels, test.images, test.labels)
+    if images != result["content"]["images"]:
+        raise data.Mistake(f"the images in {args.data_dir} are not those of this run: give the same "
+                           "--data-dir as for til.py")
     tasks = data.split(len(train.classes), result["splits"], result["seed"])
     T = len(tasks)
     thetas = [data.read(args.run / f"task{t:03}.pt")["theta"] for t in range(1, T + 1)]
