@@ -34,8 +34,8 @@ def main():
     train, test = til.load_images(args)
     images = data.digest(train.images, train.labels, test.images, test.labels)
     if images != result["content"]["images"]:
-        raise data.Mistake(f"the images in {args.data_dir} are not those of this run: give the same "
-                           "--data-dir as for til.py")
+        raise data.Mistake(f"the images in {args.data_dir} are not those of this run: use the "
+                           "same --data-dir as for til.py")
     tasks = data.split(len(train.classes), result["splits"], result["seed"])
     T = len(tasks)
     thetas = [data.read(args.run / f"task{t:03}.pt")["theta"] for t in range(1, T + 1)]
