@@ -24,7 +24,7 @@ SHOWN = (0, 7, 13)                              # the tasks in the first panel, 
 def main():
     """Reads the folder, and writes the picture."""
     parser = data.parser(__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a run with --memory hopfield")
+    parser.add_argument("run", type=Path, help="the folder of one run, with --memory hopfield")
     parser.add_argument("--data-dir", type=Path, default="data")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -36,6 +36,8 @@ def main():
     if images != result["content"]["images"]:
         raise data.Mistake(f"the images in {args.data_dir} are not those of this run: use the "
                            "same --data-dir as for til.py")
+    if result["code"] != {name: data.digest_of_code(name) for name in result["code"]}:
+        raise data.Mistake("the code was changed after this run: run til.py again")
     tasks = data.split(len(train.classes), result["splits"], result["seed"])
     T = len(tasks)
     thetas = [data.read(args.run / f"task{t:03}.pt")["theta"] for t in range(1, T + 1)]
