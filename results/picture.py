@@ -3,8 +3,9 @@
     python -m results.picture runs/glyphs-20s-vit_micro-r8-seed0-..     # the folder of a til.py run
 
 It needs nothing but the packages of the program. For a run with another data set, give --data-dir
-as for til.py. The picture is written to --out (default: idea.svg in that folder).
+as for til.py. The picture is an SVG file, named with --out (default: idea.svg in that folder).
 """
+import argparse
 import base64
 import io
 from pathlib import Path
@@ -28,10 +29,14 @@ def main():
     parser.add_argument("--data-dir", type=Path, default="data")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    result = data.read(args.run / "til-hopfield.json")
-    args.dataset = result["dataset"]
-    args.validate = result["validate"]
-    train, test = til.load_images(args)
+    path = args.run / "til-hopfield.json"
+    if not path.exists():
+        raise data.Mistake(f"there is no {path}: name the folder of one run of til.py, in which "
+                           "--memory was hopfield")
+    result = data.read(path)
+    # A result has all options of its run. Where its images are, only the command line says.
+    options = argparse.Namespace(**(result | vars(args)))
+    train, test = til.load_images(options)
     images = data.digest(train.images, train.labels, test.images, test.labels)
     if images != result["content"]["images"]:
         raise data.Mistake(f"the images in {args.data_dir} are not those of this run: use the "
