@@ -57,7 +57,10 @@ def main():
             'font-family="Helvetica, Arial, sans-serif">'
             f'<rect width="{width}" height="{height}" fill="white"/>')
     out = args.out or args.run / "idea.svg"
-    out.write_text("\n".join([head, *svg, "</svg>\n"]), "utf-8")
+    # Written beside it first, and then renamed: if the disk is full, an older picture is kept.
+    part = out.with_name(out.name + ".part")
+    part.write_text("\n".join([head, *svg, "</svg>\n"]), "utf-8")
+    part.replace(out)
     print(f"wrote {out}")
 
 
