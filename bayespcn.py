@@ -2,8 +2,8 @@
 
 The idea
     The memory is a small network that generates theta from the top down. It has four layers of
-    activations, x^0 to x^3, and three weight matrices. (The number of a layer stands at the top. It
-    is no power.) Each layer predicts the one below it:
+    activations, x^0 to x^3, and three weight matrices. (The number
+    after ^ is that of the layer, and not a power.) Each layer predicts the one below it:
 
                      write                                   read
         x^3   [        ?        ]  searched       [        ?        ]  searched
@@ -35,9 +35,9 @@ What is Bayesian about it
 
     Why do later writes not destroy what earlier ones have stored? Theta is predicted from
     z = GELU(x^1), as z R_0, which is linear in z. So each theta needs a direction of z of its own.
-    (If z becomes shorter in its direction, theta also becomes shorter in its own.) So an address
-    has two parts: the direction of z says which theta is meant, and the length of z says how much
-    of it is recalled. Two things protect what is stored:
+    (If z keeps its direction and becomes shorter, so does the theta that it predicts.) So an
+    address has two parts: the direction of z says which theta is meant, and the length of z says
+    how much of it is recalled. Two things protect what is stored:
         - The search of a write ends in an unused direction. There, the memory is in doubt (the
           variance v_0 of its prediction, below, is large), so any theta is possible. In a direction
           that was used before, the memory is sure of its prediction, so a new theta is very

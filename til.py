@@ -90,7 +90,7 @@ def classify(net, head, images, theta):
 
 # ---- how a modulation is trained: lines 5 and 6 of Algorithm 1 ---------------------------------
 def flips(n, generator):
-    """Chooses which of n images are mirrored: about half. Returns arguments of ViT.prepare."""
+    """Which of n images ViT.prepare mirrors: each with a probability of 1/2."""
     return {"flip": torch.rand(n, generator=generator) < 0.5}
 
 
