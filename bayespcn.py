@@ -2,8 +2,8 @@
 
 The idea
     The memory is a small network that generates theta from the top down. It has four layers of
-    activations, x^0 to x^3, and three weight matrices. (The number after ^
-    is that of the layer, and not a power.) Each layer predicts the one below it:
+    activations, x^0 to x^3, and three weight matrices. (The number after ^ is that of the layer,
+    and not a power.) Each layer predicts the one below it:
 
                      write                                   read
         x^3   [        ?        ]  searched       [        ?        ]  searched

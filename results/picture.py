@@ -59,8 +59,11 @@ def main():
     out = args.out or args.run / "idea.svg"
     # Written beside it first, and then renamed: if the disk is full, an older picture is kept.
     part = out.with_name(out.name + ".part")
-    part.write_text("\n".join([head, *svg, "</svg>\n"]), "utf-8")
-    part.replace(out)
+    try:
+        part.write_text("\n".join([head, *svg, "</svg>\n"]), "utf-8")
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)
     print(f"wrote {out}")
 
 

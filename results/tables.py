@@ -7,6 +7,7 @@ third-edition/.
 """
 from pathlib import Path
 
+import data
 import evaluate
 
 HERE = Path(__file__).parent
@@ -87,6 +88,7 @@ QUESTIONS = [
 
 def main():
     """Prints what the columns mean, and all sections."""
+    data.parser(__doc__).parse_args()           # there are no options, except --help
     print("## What the columns mean\n")
     print(evaluate.legend(evaluate.find_results([HERE / name for name in THIS_EDITION])))
     for title, what, files, chosen in QUESTIONS:
@@ -96,4 +98,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with data.one_line_errors():
+        main()
