@@ -57,7 +57,8 @@ def main():
             'font-family="Helvetica, Arial, sans-serif">'
             f'<rect width="{width}" height="{height}" fill="white"/>')
     out = args.out or args.run / "idea.svg"
-    # Written beside it first, and then renamed: if the disk is full, an older picture is kept.
+    # First written to a file beside `out`, which is then renamed. So if the disk is full, an older
+    # picture is kept.
     part = out.with_name(out.name + ".part")
     try:
         part.write_text("\n".join([head, *svg, "</svg>\n"]), "utf-8")
